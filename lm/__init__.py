@@ -1,0 +1,1 @@
+"""What two scripts share. Modules import downward only and never import a script."""
