@@ -1,0 +1,198 @@
+"""Opening a run: its arguments, processes, folder, provenance, log and stop signals. Every trainer begins here.
+
+RUN/run.json       the command, the arguments and what follows from them, commit, versions (written when the run first starts)
+RUN/events.jsonl   every start, resume, skipped update, rollback, stop and end, in the order in which they happened
+RUN/logs/*.jsonl   the records (lm/runlog.py)
+"""
+
+import fcntl
+import os
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+
+from lm.files import write_json
+from lm.runlog import RunLog
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; the same command goes on from there
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "safetensors")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """What every trainer takes."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, logs, final model. The same command run again goes on where it stopped."""
+    seed: int = 0
+    """Decides the initial weights and, with the step, every example."""
+    resume_from: str = "auto"
+    """auto: newest good checkpoint if there is one; latest: the same, but there must be one; a folder: that checkpoint."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
+    force_cpu: bool = False
+    """Do not use a GPU even if there is one."""
+    deterministic: bool = True
+    """Only deterministic GPU kernels, without which a repeated run differs in the last bits (slower on some models)."""
+    detect_anomaly: bool = False
+    """Let autograd name the operation that made a NaN (several times slower)."""
+    checkpoint_interval_steps: int = 500
+    """Optimizer steps between checkpoints: at most so many are repeated after a kill."""
+    max_step_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (WANDB_MODE=offline works without a network)."""
+    wandb_run_name: str | None = None
+    """Name of the run there; by default the name of the output folder."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = []
+        if self.checkpoint_interval_steps < 1:
+            found.append(f"--checkpoint_interval_steps {self.checkpoint_interval_steps}: at least 1 step is needed")
+        if self.max_step_checkpoints < 1:
+            found.append(f"--max_step_checkpoints {self.max_step_checkpoints}: at least 1 is needed, or nothing could resume")
+        return found
+
+
+def parse(cls: type[T], argv: list[str] | None = None) -> T:
+    """The command line as an instance of the dataclass `cls`; --micro_batch and --micro-batch are the same."""
+    return tyro.cli(cls, args=argv, use_underscores=True)
+
+
+def check(faults: list[str]) -> None:
+    """Raise one ValueError that lists every fault, if there are any."""
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any process stops all at the next step boundary; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def leave_signals_to_the_trainer(_worker: int) -> None:
+    """For DataLoader workers: they end when the trainer ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's view of an opened run."""
+
+    folder: Path
+    accelerator: Accelerator
+    log: RunLog
+    stop: StopSignal
+    lock: Any  # the open lock file; the lock ends with the process, however it ends
+
+    def agree(self, *flags: int) -> list[int]:
+        """The maximum of each flag over all processes, so that all of them act alike."""
+        return self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device)).amax(dim=0).tolist()
+
+
+def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
+    """The processes of this run, each with its device.
+
+    Raises: RuntimeError if the launcher started another number of processes than believe to work together;
+        ValueError for fp16 without a GPU.
+    """
+    cpu = force_cpu or not torch.cuda.is_available()
+    if precision == "fp16" and cpu:
+        raise ValueError("--precision fp16 needs a GPU, and none is in use: pass --precision fp32 or bf16")
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+        # What `accelerate launch --cpu --num_processes 2` leaves behind: it starts one process and says nothing.
+        raise RuntimeError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu: leave out --cpu and"
+            " pass --multi_gpu (without a GPU too), or --num_processes 1; or unset MASTER_PORT if you exported it"
+        )
+    transformers.utils.logging.disable_progress_bar()  # it draws one for each checkpoint, over ours
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world_size:
+        raise RuntimeError(
+            f"the launcher started {world_size} processes, but each believes it is one of {accelerator.num_processes}:"
+            " they would all train the same and write the same files; start them with accelerate launch --multi_gpu"
+        )
+    return accelerator
+
+
+def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> Run:
+    """Make or enter the run's folder, write down what this run is, and begin to listen to signals.
+
+    Raises: RuntimeError if another process is training in the folder.
+    """
+    folder, main = Path(args.output_dir), accelerator.is_main_process
+    lock = None
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"another process is training in {folder}: wait for it, or pass another --output_dir") from None
+        _write_provenance(folder, args, derived, accelerator)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time: nothing reads such memory
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
+    torch.manual_seed(args.seed)
+    log = RunLog(folder, main, derived.get("total_steps"))
+    if main and args.wandb_project:
+        log.open_wandb(args.wandb_project, args.wandb_run_name or folder.name, asdict(args) | derived)
+    accelerator.wait_for_everyone()
+    return Run(folder, accelerator, log, StopSignal(), lock)
+
+
+def _write_provenance(folder: Path, args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> None:
+    about = {
+        "script": Path(sys.argv[0]).name,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "args": asdict(args),
+        "derived": derived,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "num_processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"cpu, {platform.machine()}",
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    if not any((folder / "checkpoints").glob("step_*")):  # a resumed run keeps the record of its beginning
+        write_json(folder / "run.json", about)
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

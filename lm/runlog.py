@@ -1,0 +1,167 @@
+"""The records of a run: JSONL first, and the screen and Weights & Biases from the same record."""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lm.files import read_jsonl, whole_file
+
+CLOCK_FIELDS = ("timestamp", "tokens_per_sec")  # the only fields in which a repeated run may differ
+SCREEN_EVERY_SEC = 5.0
+
+
+class RunLog:
+    """Writes on the main process and does nothing on the others.
+
+    train and eval records carry "step" and appear once for each step; on resume they are cut back to the checkpoint's step.
+    Events only ever grow. On a terminal there is a progress bar, else a line every few seconds.
+    """
+
+    def __init__(self, folder: Path, main: bool, total_steps: int | None):
+        self.folder, self.main, self.total_steps = folder, main, total_steps
+        self._files: dict[str, Any] = {}
+        self._wandb = None
+        self._bar: tqdm | None = None
+        self._printed = 0.0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+
+    def open_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Also log to Weights & Biases, under an id that is the same whenever this run goes on."""
+        import wandb  # a second of import time that only its users pay
+
+        id_file = self.folder / "wandb_id"
+        if not id_file.exists():
+            with whole_file(id_file) as partial:
+                partial.write_text(wandb.util.generate_id())
+        run_id = id_file.read_text()
+        self._wandb = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config)
+
+    def cut_back(self, step: int) -> None:
+        """Drop every train and eval record after `step`, and half a line that a kill may have left."""
+        self._recent.clear()
+        if self.main:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+            for path in sorted((self.folder / "logs").glob("*.jsonl")):
+                _keep_until(path, step)
+            self._start_bar(step)
+
+    def train(self, step: int, tokens: int, **values: Any) -> None:
+        """Record one optimizer step; `tokens` counts all targets trained on so far."""
+        if self.main:
+            self._recent.append((time.monotonic(), tokens))
+            (then, before), (now, after) = self._recent[0], self._recent[-1]
+            rate = round((after - before) / (now - then)) if now > then else 0
+            record = {"step": step, **values, "tokens": tokens, "timestamp": time.time(), "tokens_per_sec": rate}
+            self._append("logs/train.jsonl", record)
+            self._show(record)
+            if self._wandb:
+                self._wandb.log({f"train/{key}": value for key, value in record.items()}, step=step)
+
+    def evaluation(self, step: int, **values: Any) -> None:
+        """Record one evaluation."""
+        if self.main:
+            record = {"step": step, **values, "timestamp": time.time()}
+            self._append("logs/eval.jsonl", record)
+            self.say("  ".join([f"step {step}", *(f"{key} {_brief(value)}" for key, value in values.items())]))
+            self._recent.clear()  # the rate of training, not of evaluating
+            if self._wandb:
+                self._wandb.log({f"eval/{key}": value for key, value in values.items()}, step=step)
+
+    def event(self, event: str, **values: Any) -> None:
+        """Record something that happened to the run itself, and make it durable at once."""
+        if self.main:
+            self._append("events.jsonl", {"event": event, **values, "timestamp": time.time()})
+            self.sync()
+            self.say("  ".join([event, *(f"{key} {_brief(value)}" for key, value in values.items())]))
+
+    def say(self, text: str) -> None:
+        """Print one line on the main process, above the progress bar if there is one."""
+        if self.main:
+            if self._bar:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def sync(self) -> None:
+        """Make all records durable: called before a checkpoint, which must not be newer than the log."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """End the log; a run that goes on later opens it again."""
+        if self.main:
+            self.sync()
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+            if self._bar:
+                self._bar.close()
+            if self._wandb:
+                self._wandb.finish()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if name not in self._files:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].flush()
+
+    def _start_bar(self, step: int) -> None:
+        if self._bar:
+            self._bar.close()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        step, rate = record["step"], record["tokens_per_sec"]
+        if self._bar:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {rate:,} tokens/s", refresh=False)
+        elif time.monotonic() - self._printed > SCREEN_EVERY_SEC or step == self.total_steps:
+            self._printed = time.monotonic()
+            left = (self.total_steps - step) * record["tokens"] / step / rate if rate and self.total_steps else 0
+            keys = ("loss", "lr", "grad_norm", "grad_norm_clipped", "param_norm")
+            values = "  ".join(f"{key} {_brief(record[key])}" for key in keys if key in record)
+            print(f"step {step}/{self.total_steps}  {values}  {rate:,} tokens/s  {_duration(left)} left", flush=True)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record_step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # a kill in the middle of a line
+                break
+            raise ValueError(f"{path} line {number} is no record ({line!r:.80}): mend or remove that line") from None
+        if record_step <= step:
+            kept.append(line)
+    with whole_file(path) as partial:
+        partial.write_bytes(b"".join(kept))
+
+
+def records(folder: Path, name: str) -> list[dict[str, Any]]:
+    """All records of RUN/logs/NAME.jsonl, without the fields that a clock decides."""
+    rows = read_jsonl(folder / "logs" / f"{name}.jsonl", "the training script")
+    return [{key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows]
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,127 @@
+"""One exact optimizer step: the gradient of one objective, however it is split, and an update that is whole or not made."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+LossSum = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every process, but for `faults`."""
+
+    applied: bool  # False: something was not finite, and no weight or moment changed on any process
+    loss: float  # nats per unit of weight over the whole step, before the update
+    grad_norm: float  # L2 norm of the whole gradient before clipping
+    grad_norm_clipped: float  # and after
+    param_norm: float  # L2 norm of all parameters before the update
+    faults: tuple[str, ...]  # this process's tensors that were not finite, by name
+
+
+def plan_batch(micro_batch: int, grad_accum: int | None, effective_batch: int | None, num_processes: int) -> tuple[int, int]:
+    """(grad_accum, effective_batch) such that effective_batch = micro_batch * grad_accum * num_processes.
+
+    Raises: ValueError if neither is given, or if the effective batch does not divide evenly.
+    """
+    if effective_batch is None:
+        if grad_accum is None:
+            raise ValueError("neither --grad_accum nor --effective_batch is given: pass one")
+        return grad_accum, micro_batch * grad_accum * num_processes
+    accum, rest = divmod(effective_batch, micro_batch * num_processes)
+    if rest or not accum:
+        raise ValueError(
+            f"--effective_batch {effective_batch} is not a multiple of micro_batch x processes ="
+            f" {micro_batch} x {num_processes}: change --micro_batch or --effective_batch"
+        )
+    if grad_accum not in (None, accum):
+        raise ValueError(
+            f"--grad_accum {grad_accum} x micro_batch {micro_batch} x {num_processes} processes is not --effective_batch"
+            f" {effective_batch}: leave out --grad_accum"
+        )
+    return accum, effective_batch
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Any],
+    loss_sum: LossSum,
+    weight: float,
+    lr: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """Update `model` once with the gradient of (sum of all losses) / (sum of all weights), over every process.
+
+    Args:
+        micro_batches: this process's part of the step; as many on every process.
+        loss_sum: (model, micro_batch) -> its summed loss in nats, and whether all its logits are finite (a bool scalar).
+        weight: what this process's losses weigh together: its number of targets, for a plain language model.
+        max_grad_norm: the gradient is scaled down to this L2 norm if it is longer; infinity turns that off.
+
+    With fp16, a gradient that overflows under the loss scale lowers the scale, and the step is made again with the same
+    micro-batches, so that no example is lost to it.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler = accelerator.scaler  # None but for fp16
+    first_scale = scaler and scaler.get_scale()
+    while True:
+        result = _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max_grad_norm)
+        if result.applied or scaler is None:
+            return result
+        overflow = math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+        if not overflow or scaler.get_scale() < 1.0:  # not the scale's fault: it stays as it was
+            scaler.update(first_scale)
+            return result
+
+
+def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max_grad_norm) -> StepResult:
+    device = accelerator.device
+    total_weight = accelerator.reduce(torch.tensor(weight, dtype=torch.float64, device=device), "sum")
+    scale = (accelerator.num_processes / total_weight).float()  # DDP averages over processes; the objective is a sum
+    optimizer.zero_grad()
+    losses, finite_logits = [], []
+    for number, micro_batch in enumerate(micro_batches, 1):
+        loss, finite = loss_sum(model, micro_batch)
+        if number < len(micro_batches):
+            with accelerator.no_sync(model):
+                accelerator.backward(loss * scale)
+        else:
+            accelerator.backward(loss * scale)
+        losses.append(loss.detach().double())
+        finite_logits.append(finite)
+    losses, finite_logits = torch.stack(losses), torch.stack(finite_logits)
+
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    param_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+    bad = (~(losses.isfinite() & finite_logits)).sum()
+    sums = accelerator.reduce(torch.stack([losses.sum(), bad.double()]), "sum")
+    loss, bad, norm, param_norm = torch.stack(
+        [sums[0] / total_weight, sums[1], grad_norm.double(), param_norm.double()]
+    ).tolist()  # the one wait for the device in a step
+    applied = bad == 0 and norm < math.inf  # false for NaN too
+    clipped = norm * min(1.0, max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ scales
+    faults = () if applied else _faults(model, losses, finite_logits)
+    if applied:
+        optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # lowers the scale after an overflow
+    optimizer.zero_grad()
+    return StepResult(applied, loss, norm, clipped, param_norm, faults)
+
+
+def _faults(model, losses, finite_logits) -> tuple[str, ...]:
+    names = [f"loss of micro-batch {i}" for i in (~losses.isfinite()).nonzero().flatten().tolist()]
+    names += [f"logits of micro-batch {i}" for i in (~finite_logits).nonzero().flatten().tolist()]
+    names += [
+        f"gradient of {name}"
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    return tuple(names)

@@ -1,0 +1,220 @@
+"""Random windows of papers: example n of a run is a function of (seed, n), and never crosses from one paper into another.
+
+Reads a folder that `fetch_arxiv.py` wrote. One epoch is one window for each eligible paper, as in the experiments this
+follows (github.com/Astera-org/ICL-non-ergodic-arxiv), so with the default `category_weighting="paper"` a category counts by
+its papers, not by its tokens.
+
+    dataset = RandomWindowDataset("preprocessed_arxiv", "train", sequence_length=100, target_categories=["cs.CV"], seed=0)
+    dataset.windows(0, 512)          # examples 0 .. 511 at once, as (512, 101)
+    dataset.set_epoch(1); dataset[3]  # item 3 of epoch 1 is example len(dataset) + 3
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lm import draws
+from lm.papers import Papers, read_papers
+
+OTHER_PAPERS = 10  # tried when a window holds an id outside the vocabulary, before giving up
+
+Sampling = Literal["random", "permutation"]
+Weighting = Literal["paper", "token", "equal"]
+
+
+def choose_categories(names: Sequence[str], K: int, seed: int) -> list[str]:
+    """K of the categories, sorted by name; for one seed, those for K are among those for K + 1.
+
+    Raises: ValueError if there are fewer than K.
+    """
+    if not 1 <= K <= len(names):
+        raise ValueError(f"--K {K}, but the data has {len(names)} categories ({', '.join(sorted(names))}): choose K from 1")
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    return sorted(shuffled[:K])
+
+
+class RandomWindowDataset(torch.utils.data.Dataset):
+    """Windows of `sequence_length + 1` tokens of one paper each; `len()` is the number of eligible papers.
+
+    Args:
+        data: folder written by fetch_arxiv.py, or what `read_papers` returned for it.
+        split: "train", "validation" or "test".
+        sequence_length: number of targets in a window.
+        target_categories: only papers of these; None takes all.
+        seed: with an example's index, decides its paper and where its window starts.
+        sampling: "random" draws the paper with replacement; "permutation" takes every paper once an epoch.
+        category_weighting: with "random", the chance of a paper. "paper": all papers alike, so a category counts by its
+            papers. "token": by the paper's length. "equal": categories alike, then papers alike.
+        vocab_size: ids must lie below it; None takes the data's own.
+
+    Raises: ValueError, all faults together, if an argument is unknown or no paper is eligible.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Papers,
+        split: str,
+        sequence_length: int = 100,
+        target_categories: Sequence[str] | None = None,
+        seed: int = 0,
+        sampling: Sampling = "random",
+        category_weighting: Weighting = "paper",
+        vocab_size: int | None = None,
+    ):
+        papers = data if isinstance(data, Papers) else read_papers(data)
+        names = sorted(papers.category_names if target_categories is None else set(target_categories))
+        faults = [
+            f"category {name!r} is not in {papers.folder}: choose from {', '.join(papers.category_names)}"
+            for name in names
+            if name not in papers.category_names
+        ]
+        if split not in papers.splits:
+            faults.append(f"split {split!r} is not in {papers.folder}: choose from {', '.join(papers.splits)}")
+        if sequence_length < 1:
+            faults.append(f"sequence_length {sequence_length} is below 1: a window needs a target")
+        if sampling not in ("random", "permutation"):
+            faults.append(f"sampling {sampling!r} is unknown: choose random or permutation")
+        if category_weighting not in ("paper", "token", "equal"):
+            faults.append(f"category_weighting {category_weighting!r} is unknown: choose paper, token or equal")
+        if sampling == "permutation" and category_weighting != "paper":
+            faults.append(
+                f"category_weighting {category_weighting} needs --sampling random: a permutation takes each paper once"
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+
+        in_split = papers.splits[split]
+        wanted = np.isin(papers.categories[in_split], [papers.category_names.index(name) for name in names])
+        long_enough = papers.lengths[in_split] >= sequence_length + 1
+        self.papers = papers
+        self.categories = names
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.sampling = sampling
+        self.vocab_size = papers.meta["vocab_size"] if vocab_size is None else vocab_size
+        self.eligible = in_split[wanted & long_enough]  # indices into `papers`
+        self.num_too_short = int(np.sum(wanted & ~long_enough))
+        if not len(self.eligible):
+            raise ValueError(
+                f"no paper of {', '.join(names)} in split {split!r} has {sequence_length + 1} tokens"
+                f" ({self.num_too_short} are shorter): lower --sequence_length, or choose other categories"
+            )
+        self.epoch = 0
+        weights = self._paper_weights(category_weighting)
+        self._cumulative = np.cumsum(weights) / np.sum(weights)
+        self._cumulative[-1] = 1.0
+        self._all_windows = np.lib.stride_tricks.sliding_window_view(papers.tokens, sequence_length + 1)
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def _paper_weights(self, category_weighting: Weighting) -> np.ndarray:
+        if category_weighting == "token":
+            return self.papers.lengths[self.eligible].astype(np.float64)
+        if category_weighting == "equal":
+            categories = self.papers.categories[self.eligible]
+            return 1.0 / np.bincount(categories)[categories]
+        return np.ones(len(self.eligible))
+
+    @property
+    def category_shares(self) -> dict[str, float]:
+        """The probability that an example comes from each category."""
+        weights = np.diff(self._cumulative, prepend=0.0)
+        sums = np.bincount(self.papers.categories[self.eligible], weights, len(self.papers.category_names))
+        return {name: float(sums[self.papers.category_names.index(name)]) for name in self.categories}
+
+    def __len__(self) -> int:
+        return len(self.eligible)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `dataset[i]` item i of this epoch."""
+        self.epoch = epoch
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        """Item `item` of the current epoch, (sequence_length + 1,), with the dtype of the data."""
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)}")
+        return torch.from_numpy(self.windows(self.epoch * len(self) + item, 1)[0])
+
+    def __getitems__(self, examples: range) -> torch.Tensor:
+        """Consecutive examples of the endless sequence of epochs, as (len(examples), sequence_length + 1)."""
+        return torch.from_numpy(self.windows(examples.start, len(examples)))
+
+    def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where examples start .. start + count - 1 lie: indices into `papers`, and first tokens within those papers."""
+        draw = draws.uniforms(self.seed, "window", start, count)
+        if self.sampling == "random":
+            position = np.searchsorted(self._cumulative, draw[:, 0], side="right")
+        else:
+            position = np.array([self._permuted(n) for n in range(start, start + count)], dtype=np.int64)
+        paper = self.eligible[position]
+        return paper, self._first_token(paper, draw[:, 1])
+
+    def _first_token(self, paper: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        return (uniform * (self.papers.lengths[paper] - self.sequence_length)).astype(np.int64)
+
+    def _permuted(self, example: int) -> int:
+        epoch, item = divmod(example, len(self))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, draws.permutation(self.seed, f"epoch/{epoch}", len(self))
+        return self._order[1][item]
+
+    def sources(self, examples: range) -> list[tuple[str, int]]:
+        """The paper id and first token of each example."""
+        papers, first = self.locate(examples.start, len(examples))
+        return [(self.papers.paper_ids[paper], int(token)) for paper, token in zip(papers, first, strict=True)]
+
+    def windows(self, start: int, count: int) -> np.ndarray:
+        """Examples start .. start + count - 1, as (count, sequence_length + 1) with the dtype of the data.
+
+        Raises: ValueError if a window holds an id outside the vocabulary, and so do those of ten other papers.
+        """
+        paper, first = self.locate(start, count)
+        windows = self._all_windows[self.papers.offsets[paper] + first]
+        for row in np.flatnonzero(windows.max(axis=1) >= self.vocab_size):
+            windows[row] = self._from_another_paper(start + int(row), int(paper[row]), int(first[row]))
+        return windows
+
+    def _from_another_paper(self, example: int, paper: int, first: int) -> np.ndarray:
+        found = self._name_bad_id(paper, first)
+        print(f"warning: {found}: taking another paper for example {example}", flush=True)
+        for attempt in range(OTHER_PAPERS):
+            draw = draws.uniforms(self.seed, f"window/{attempt}", example, 1)[0]
+            other = self.eligible[int(draw[0] * len(self))]
+            window = self._all_windows[self.papers.offsets[other] + self._first_token(other, draw[1])]
+            if window.max() < self.vocab_size:
+                return window
+        raise ValueError(
+            f"{found}, and {OTHER_PAPERS} other papers are no better: tokenizer and {self.papers.folder} do not belong"
+            " together, or the file is damaged; make it again with fetch_arxiv.py"
+        )
+
+    def _name_bad_id(self, paper: int, first: int) -> str:
+        window = self._all_windows[self.papers.offsets[paper] + first]
+        position = int(np.argmax(window >= self.vocab_size))
+        return (
+            f"paper {self.papers.paper_ids[paper]} has id {window[position]} at position {first + position},"
+            f" outside the vocabulary of {self.vocab_size}"
+        )
+
+
+class MicroBatches(torch.utils.data.Sampler[range]):
+    """The examples of each micro-batch of one process, from a step on: a batch sampler for `DataLoader`.
+
+    Row j of step s is example `s * effective_batch + j`, whatever the number of processes: micro-batch m of process p
+    holds the rows from `(m * num_processes + p) * micro_batch` on.
+    """
+
+    def __init__(self, first_step: int, micro_batch: int, grad_accum: int, process: int, num_processes: int):
+        self.first_step, self.micro_batch, self.grad_accum = first_step, micro_batch, grad_accum
+        self.process, self.num_processes = process, num_processes
+
+    def __iter__(self) -> Iterator[range]:
+        block = self.first_step * self.grad_accum
+        while True:
+            start = (block * self.num_processes + self.process) * self.micro_batch
+            yield range(start, start + self.micro_batch)
+            block += 1

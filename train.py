@@ -1,0 +1,460 @@
+"""Train a causal language model from random weights on random windows of the papers of K categories.
+
+The question: how does loss fall with context as the mixture grows?
+
+    python train.py --K 1 --seed 0 --token_budget 200_000_000 --output_dir runs/K1_seed0
+    accelerate launch --num_processes 8 train.py --K 5 --seed 0 --token_budget 200_000_000 --output_dir runs/K5_seed0
+
+Row j of step s is example s * effective_batch + j of the run's windows, so any number of processes and any split of the same
+effective batch trains on the same windows, and a stopped run goes on exactly where it was: run the same command again.
+
+Reads   DATA_DIR (fetch_arxiv.py)
+Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, best/, final/}
+Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
+"""
+
+import itertools
+import math
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from lm import draws
+from lm.checkpoint import Checkpoints, load_checkpoint
+from lm.files import read_json
+from lm.loss import cross_entropy_sum
+from lm.measure import window_losses
+from lm.models import build_model, num_parameters
+from lm.optim import adamw
+from lm.papers import Papers, read_papers
+from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
+from lm.run import EXIT_STOPPED, Run, RunArgs, check, leave_signals_to_the_trainer, open_run, parse, start_accelerator
+from lm.s3 import S3Folder
+from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
+from lm.step import StepResult, plan_batch, train_step
+from lm.tokenizer import fingerprint, load_tokenizer
+from random_window_dataset import MicroBatches, RandomWindowDataset, choose_categories
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """One run of the mixture experiment."""
+
+    K: int
+    """Number of categories in the mixture; the same --seed gives nested choices."""
+    data_dir: str = "preprocessed_arxiv"
+    """Folder that fetch_arxiv.py wrote."""
+    verify_data: bool = False
+    """Read all of the data once and compare its checksums before training (sizes and structure are always checked)."""
+    sequence_length: int = 100
+    """Targets in a window; a window is one token longer."""
+    sampling: Literal["random", "permutation"] = "random"
+    """random: papers with replacement; permutation: every paper once an epoch."""
+    category_weighting: Literal["paper", "token", "equal"] = "paper"
+    """What a category's share of the examples is proportional to: its papers, its tokens, or nothing (equal shares)."""
+    model: str = "pythia-70m"
+    """Architecture: a preset of lm/models.py, a folder with config.json, or a hub name. Weights are random."""
+
+    micro_batch: int = 16
+    """Windows in one forward pass of one process."""
+    grad_accum: int | None = None
+    """Forward passes in one optimizer step; follows from --effective_batch by default."""
+    effective_batch: int | None = None
+    """Windows in one optimizer step over all processes (512 unless --grad_accum is given)."""
+    epochs: float = 1.0
+    """Passes of one window for each eligible paper; used when --token_budget is not set."""
+    token_budget: int | None = None
+    """Targets to train on in all, rounded down to whole steps; wins over --epochs."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    lr_schedule: Schedule = "constant"
+    """After the warm-up."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate over the peak, for cosine and linear."""
+    reduce_lr_factor: float = 1.0
+    """The learning rate is multiplied by this when the validation loss stops falling; 1.0 turns it off."""
+    reduce_lr_patience: int = 5
+    """Evaluations without a new best before that."""
+    weight_decay: float = 0.01
+    """Of AdamW, on matrices only."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-6
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """L2 norm to which a longer gradient is scaled down."""
+
+    steps_per_eval_epoch: int = 100
+    """Optimizer steps between evaluations."""
+    max_eval_epochs: int | None = None
+    """Stop after this many evaluation periods."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a new best; None never stops early."""
+    eval_windows: int = 1024
+    """Validation windows, the same at every evaluation."""
+    num_workers: int = 0
+    """Loader processes beside each trainer; drawing a window takes microseconds, so 0 is fastest."""
+
+    upload_results_to_s3: bool = False
+    """Copy the finished run to --s3_bucket."""
+    s3_bucket: str | None = None
+    """Bucket for the results."""
+    s3_prefix: str = "runs"
+    """Folder in the bucket; the run's folder name is added."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults()
+        at_least_1 = ("K", "sequence_length", "micro_batch", "grad_accum", "effective_batch", "token_budget", "eval_windows")
+        at_least_1 += ("steps_per_eval_epoch", "max_eval_epochs", "early_stopping_patience")
+        for name in at_least_1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                found.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
+        for name in ("lr", "adam_eps", "max_grad_norm", "epochs"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name} {getattr(self, name)}: more than 0 is needed")
+        for name in ("adam_beta1", "adam_beta2", "min_lr_ratio", "reduce_lr_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"--{name} {getattr(self, name)}: a number in [0, 1] is needed")
+        for name in ("warmup_steps", "weight_decay", "reduce_lr_patience", "num_workers"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} {getattr(self, name)}: 0 or more is needed")
+        if self.upload_results_to_s3 and not self.s3_bucket:
+            found.append("--upload_results_to_s3 without --s3_bucket: pass the bucket")
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the arguments, the data and the number of processes."""
+
+    train: RandomWindowDataset
+    validation: np.ndarray  # (eval_windows, sequence_length + 1)
+    grad_accum: int
+    effective_batch: int  # windows in a step
+    tokens_per_step: int
+    total_steps: int
+
+
+@dataclass
+class Progress:
+    """What the next step needs to know beside weights and moments; stored in state.json."""
+
+    step: int = 0  # finished optimizer steps
+    data_offset: int = 0  # step s trains on the rows of step s + data_offset: grows when a stretch is stepped over
+    val_losses: list[float] = field(default_factory=list)
+
+
+def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
+    """Choose the categories, lay out the batch and count the steps.
+
+    Raises: ValueError if the data does not allow it.
+    """
+    categories = choose_categories(papers.category_names, args.K, args.seed)
+    choice = {"sequence_length": args.sequence_length, "target_categories": categories, "seed": args.seed}
+    train = RandomWindowDataset(papers, "train", **choice, sampling=args.sampling, category_weighting=args.category_weighting)
+    validation = RandomWindowDataset(papers, "validation", **choice, category_weighting=args.category_weighting)
+    effective = args.effective_batch or (512 if args.grad_accum is None else None)
+    grad_accum, effective = plan_batch(args.micro_batch, args.grad_accum, effective, num_processes)
+    tokens_per_step = effective * args.sequence_length
+    if args.token_budget is not None:
+        total_steps = args.token_budget // tokens_per_step
+    else:
+        total_steps = math.ceil(args.epochs * len(train) / effective)
+    if args.max_eval_epochs is not None:
+        total_steps = min(total_steps, args.max_eval_epochs * args.steps_per_eval_epoch)
+    if total_steps < 1:
+        raise ValueError(
+            f"--token_budget {args.token_budget} is less than one step of {effective} windows x {args.sequence_length}"
+            f" targets: raise it to {tokens_per_step} or more, or lower --effective_batch"
+        )
+    return Plan(train, validation.windows(0, args.eval_windows), grad_accum, effective, tokens_per_step, total_steps)
+
+
+# What may change between a run and its continuation: nothing here enters a number (the split of a batch does only as float
+# order). The number of steps may too, while the learning rate does not depend on it.
+FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
+FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "data_dir", "micro_batch", "grad_accum", "effective_batch"}
+FREE |= {"epochs", "token_budget", "max_eval_epochs", "early_stopping_patience", "num_workers", "verify_data"}
+FREE |= {"upload_results_to_s3", "s3_bucket", "s3_prefix"}
+
+
+def identity(args: Args, plan: Plan, papers: Papers) -> dict[str, Any]:
+    """What makes two runs the same run; a checkpoint only continues a run with the same."""
+    files = {name: papers.meta["files"][name]["sha256"] for name in ("tokens.bin", "index.jsonl", "splits.json")}
+    settings = {name: value for name, value in asdict(args).items() if name not in FREE}
+    if args.lr_schedule != "constant":
+        settings["total_steps"] = plan.total_steps
+    return settings | {"effective_batch": plan.effective_batch, "data": files}
+
+
+def window_loss(model: torch.nn.Module, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed next-token loss of windows (B, T + 1), and whether all logits are finite."""
+    ids = windows.long()
+    logits_BTV = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return cross_entropy_sum(logits_BTV, ids[:, 1:])
+
+
+def micro_batch_sampler(step: int, plan: Plan, args: Args, accelerator: Accelerator) -> MicroBatches:
+    """The rows of this process's micro-batches, from data step `step` on."""
+    return MicroBatches(step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
+
+
+def load_from(step: int, plan: Plan, args: Args, accelerator: Accelerator) -> Iterator[torch.Tensor]:
+    """This process's micro-batches (micro_batch, sequence_length + 1), from data step `step` on, without end."""
+    return iter(
+        DataLoader(
+            plan.train,
+            batch_sampler=micro_batch_sampler(step, plan, args, accelerator),
+            collate_fn=as_it_is,
+            num_workers=args.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_trainer,
+        )
+    )
+
+
+def as_it_is(batch: torch.Tensor) -> torch.Tensor:
+    """Windows come out of the dataset as one tensor already."""
+    return batch
+
+
+class Trainer:
+    """One run in one process: what changes while it trains, and the loop that changes it."""
+
+    def __init__(self, args: Args, plan: Plan, papers: Papers, run: Run, bare: PreTrainedModel, tokenizer):
+        optimizer = adamw(bare, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
+        self.args, self.plan, self.run, self.tokenizer = args, plan, run, tokenizer
+        self.accelerator = run.accelerator
+        self.bare = bare  # the model as transformers knows it; `model` may be wrapped for several processes
+        self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
+        self.identity = identity(args, plan, papers)
+        self.progress = Progress()
+        self.rollbacks: Counter[int] = Counter()
+
+    def is_done(self) -> bool:
+        """Whether all steps are made, or the validation loss has not fallen for long enough."""
+        patience, losses = self.args.early_stopping_patience, self.progress.val_losses
+        stale = patience is not None and evaluations_since_best(losses) >= patience
+        return stale or self.progress.step >= self.plan.total_steps
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that the arguments name, or save the beginning as step 0.
+
+        That first checkpoint is what a fault early on rolls back to, and a disk that cannot hold one is found at once.
+        """
+        path = find_checkpoint(self.run, self.checkpoints, self.args.resume_from)
+        if path is not None:
+            refuse_another_run(path, read_json(path / "state.json", "train.py")["identity"], self.identity)
+            self.restore(path)
+        self.run.log.cut_back(self.progress.step)
+        self.run.log.event(
+            "resumed" if path else "started", step=self.progress.step, num_processes=self.accelerator.num_processes
+        )
+        if path is None:
+            self.save()
+
+    def restore(self, path: Path) -> None:
+        """Make everything what it was when this checkpoint was saved."""
+        state = load_checkpoint(path, self.bare, self.optimizer)
+        self.progress = Progress(state["step"], state["data_offset"], state["val_losses"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+
+    def save(self) -> None:
+        """Checkpoint everything; the log up to here is made durable first."""
+        self.run.log.sync()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}
+            self.checkpoints.save(self.progress.step, self.bare, self.optimizer, state)
+
+    def train(self) -> int:
+        """Train until the plan is done (returns 0) or a signal asks to stop (returns EXIT_STOPPED)."""
+        args, plan, run, accelerator = self.args, self.plan, self.run, self.accelerator
+        loader = None
+        while not self.is_done():
+            step, data_step = self.progress.step, self.progress.step + self.progress.data_offset
+            if loader is None:
+                loader = load_from(data_step, plan, args, accelerator)
+            lr = args.lr * lr_factor(step, plan.total_steps, args.warmup_steps, args.lr_schedule, args.min_lr_ratio)
+            lr *= plateau_factor(self.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
+            micro_batches = [next(loader).to(accelerator.device, non_blocking=True) for _ in range(plan.grad_accum)]
+            result = self.make_step(data_step, micro_batches, lr)
+            if result is None:
+                self.roll_back(data_step)
+                loader = None
+                continue
+            step = self.progress.step = step + 1
+            norms = {"grad_norm": result.grad_norm, "grad_norm_clipped": result.grad_norm_clipped}
+            norms |= {"param_norm": result.param_norm}
+            run.log.train(step, step * plan.tokens_per_step, loss=result.loss, lr=lr, **norms)
+            if step % args.steps_per_eval_epoch == 0 or step == plan.total_steps:
+                self.evaluate()
+            stop, write_failed = run.agree(run.stop.received, self.checkpoints.failed())
+            if write_failed:
+                self.checkpoints.wait()  # raises on the process that wrote
+                raise RuntimeError("the main process could not write a checkpoint: its message says why")
+            if stop or self.is_done() or step % args.checkpoint_interval_steps == 0:
+                self.save()
+            if stop and not self.is_done():
+                self.checkpoints.wait()
+                run.log.event("stopped", step=step, signal=signal.Signals(stop).name)
+                return EXIT_STOPPED
+        return 0
+
+    def make_step(self, data_step: int, micro_batches: list[torch.Tensor], lr: float) -> StepResult | None:
+        """One optimizer step, or None if it stayed non-finite; then nothing has changed."""
+        args, accelerator = self.args, self.accelerator
+        weight = self.plan.tokens_per_step / accelerator.num_processes
+
+        def attempt() -> StepResult:
+            torch.manual_seed(draws.torch_seed(args.seed, data_step, accelerator.process_index))  # for dropout
+            return train_step(
+                accelerator, self.model, self.optimizer, micro_batches, window_loss, weight, lr, args.max_grad_norm
+            )
+
+        def source() -> list[list[tuple[str, int]]]:
+            sampler = micro_batch_sampler(data_step, self.plan, args, accelerator)
+            return [self.plan.train.sources(rows) for rows in itertools.islice(sampler, self.plan.grad_accum)]
+
+        where = {"step": self.progress.step + 1, "data_step": data_step}
+        return step_or_none(self.run, where, micro_batches, attempt, source)
+
+    def evaluate(self) -> None:
+        """Measure the validation loss, and keep the model if it is the best so far."""
+        progress = self.progress
+        loss = validation_loss(self.args, self.plan, self.run, self.bare)
+        best = loss < min(progress.val_losses, default=math.inf)
+        progress.val_losses.append(loss)
+        self.run.log.evaluation(progress.step, val_loss=loss, best_val_loss=min(progress.val_losses))
+        if best and self.accelerator.is_main_process:
+            self.checkpoints.save_model(self.run.folder / "best", self.bare, self.tokenizer, self.about())
+
+    def roll_back(self, data_step: int) -> None:
+        """Return to the newest good checkpoint, and step over the data from there up to and with `data_step`.
+
+        Raises: RuntimeError if that has been done from the same checkpoint three times.
+        """
+        self.checkpoints.wait()
+        path = find_checkpoint(self.run, self.checkpoints, "latest")
+        failed_at = self.progress.step + 1
+        self.restore(path)
+        step = self.progress.step
+        first = step + self.progress.data_offset
+        self.rollbacks[step] += 1
+        if self.rollbacks[step] > MAX_ROLLBACKS:
+            raise RuntimeError(
+                f"{MAX_ROLLBACKS} stretches of data after {path.name} all made the loss or gradient non-finite: the data is not"
+                f" the cause; lower --lr, or look at {self.run.folder}/problematic_batch.pt and events.jsonl"
+            )
+        self.progress.data_offset = data_step + 1 - step
+        self.run.log.cut_back(step)
+        self.run.log.event("rolled_back", from_step=failed_at, to_step=step, data_steps_left_out=[first, data_step])
+
+    def about(self) -> dict[str, Any]:
+        """What the folder of a model says of it."""
+        val_losses = self.progress.val_losses
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.step * self.plan.tokens_per_step,
+            "val_loss": val_losses[-1] if val_losses else None,
+        }
+
+    def finish(self) -> None:
+        """Write the final model, and copy the run to S3 if asked."""
+        run, args, final = self.run, self.args, self.run.folder / "final"
+        if self.accelerator.is_main_process:
+            if final.exists() and read_json(final / "about.json", "train.py") == self.about():
+                run.log.say(f"{run.folder} was finished before")
+            else:
+                self.checkpoints.save_model(final, self.bare, self.tokenizer, self.about())
+                self.checkpoints.wait()
+                run.log.event("finished", **self.about())
+        run.log.close()
+        if args.upload_results_to_s3 and self.accelerator.is_main_process:
+            results_folder(args).upload(run.folder, result_files(run.folder))
+
+
+def results_folder(args: Args) -> S3Folder:
+    """Where the results go; raises S3Error unless the bucket can be reached."""
+    return S3Folder(args.s3_bucket, f"{args.s3_prefix}/{Path(args.output_dir).name}")
+
+
+def result_files(folder: Path) -> list[str]:
+    """Names of a finished run's files, without checkpoints and what belongs to this machine."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [str(name) for name in names if name.parts[0] not in ("checkpoints", "wandb", ".lock")]
+
+
+def validation_loss(args: Args, plan: Plan, run: Run, model: PreTrainedModel) -> float:
+    """Mean loss of the validation windows, nats per token; the processes share them."""
+    accelerator = run.accelerator
+    share = plan.validation[accelerator.process_index :: accelerator.num_processes]
+    losses = window_losses(model, share, args.micro_batch, args.precision)
+    sums = torch.tensor([losses.sum(), losses.size], dtype=torch.float64, device=accelerator.device)
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    if not math.isfinite(total):
+        raise RuntimeError(f"the validation loss is {total}, a finite one is needed: lower --lr, or use --precision fp32")
+    return total / count
+
+
+def main(args: Args) -> int:
+    """Train one run and return its exit code."""
+    check(args.faults())
+    accelerator = start_accelerator(args.precision, args.force_cpu)
+    if args.upload_results_to_s3 and accelerator.is_main_process:
+        results_folder(args)  # no bucket should be noticed now and not after the last step
+    papers = read_papers(args.data_dir, verify=args.verify_data)
+    plan = make_plan(args, papers, accelerator.num_processes)
+    tokenizer = load_tokenizer(papers.folder / "tokenizer")
+    if fingerprint(tokenizer) != papers.meta["tokenizer"]["fingerprint"]:
+        raise ValueError(f"{papers.folder}/tokenizer did not make {papers.folder}/tokens.bin: run fetch_arxiv.py again")
+
+    torch.manual_seed(args.seed)
+    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = build_model(args.model, papers.meta["vocab_size"], args.sequence_length, token_ids)
+
+    derived = {
+        "categories": plan.train.categories,
+        "category_shares": plan.train.category_shares,
+        "eligible_papers": len(plan.train),
+        "papers_too_short": plan.train.num_too_short,
+        "effective_batch": plan.effective_batch,
+        "grad_accum": plan.grad_accum,
+        "tokens_per_step": plan.tokens_per_step,
+        "total_steps": plan.total_steps,
+        "vocab_size": papers.meta["vocab_size"],
+        "num_parameters": num_parameters(model),
+    }
+    run = open_run(args, derived, accelerator)
+    run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
+
+    trainer = Trainer(args, plan, papers, run, model, tokenizer)
+    trainer.resume()
+    code = trainer.train()
+    if code == 0:
+        trainer.finish()
+    else:
+        run.log.close()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Args)))
