@@ -378,8 +378,8 @@ class Trainer:
         }
 
     def finish(self) -> None:
-        """Write the final model, and copy the run to S3 if asked."""
-        run, args, final = self.run, self.args, self.run.folder / "final"
+        """Write the final model."""
+        run, final = self.run, self.run.folder / "final"
         if self.accelerator.is_main_process:
             if final.exists() and read_json(final / "about.json", "train.py") == self.about():
                 run.log.say(f"{run.folder} was finished before")
@@ -387,9 +387,6 @@ class Trainer:
                 self.checkpoints.save_model(final, self.bare, self.tokenizer, self.about())
                 self.checkpoints.wait()
                 run.log.event("finished", **self.about())
-        run.log.close()
-        if args.upload_results_to_s3 and self.accelerator.is_main_process:
-            results_folder(args).upload(run.folder, result_files(run.folder))
 
 
 def results_folder(args: Args) -> S3Folder:
@@ -451,8 +448,9 @@ def main(args: Args) -> int:
     code = trainer.train()
     if code == 0:
         trainer.finish()
-    else:
-        run.log.close()
+    run.close()
+    if code == 0 and args.upload_results_to_s3 and accelerator.is_main_process:
+        results_folder(args).upload(run.folder, result_files(run.folder))
     return code
 
 

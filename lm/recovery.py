@@ -82,6 +82,7 @@ def step_or_none(
             return result
         process = run.accelerator.process_index
         faults = gather_object([f"{name} on process {process}" for name in result.faults])
+        faults.sort(key=lambda name: name.startswith("gradient"))  # which every process sees: first, where it came from
         batch = {"micro_batches": [b.cpu() for b in micro_batches], "faults": list(result.faults), "source": source(), **where}
         with whole_file(run.folder / f"problematic_batch{f'_{process}' if process else ''}.pt") as partial:
             torch.save(batch, partial)

@@ -116,6 +116,12 @@ class Run:
         """The maximum of each flag over all processes, so that all of them act alike."""
         return self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device)).amax(dim=0).tolist()
 
+    def close(self) -> None:
+        """Leave together: a launcher that sees one process end with a code terminates those that are still writing."""
+        self.log.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
 
 def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
     """The processes of this run, each with its device.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 import time
 from collections import deque
@@ -38,7 +39,7 @@ class RunLog:
         id_file = self.folder / "wandb_id"
         if not id_file.exists():
             with whole_file(id_file) as partial:
-                partial.write_text(wandb.util.generate_id())
+                partial.write_text(secrets.token_hex(4))
         run_id = id_file.read_text()
         self._wandb = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config)
 

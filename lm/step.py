@@ -107,7 +107,7 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     ).tolist()  # the one wait for the device in a step
     applied = bad == 0 and norm < math.inf  # false for NaN too
     clipped = norm * min(1.0, max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ scales
-    faults = () if applied else _faults(model, losses, finite_logits)
+    faults = () if applied else _faults(accelerator.unwrap_model(model), losses, finite_logits)
     if applied:
         optimizer.step()
     elif accelerator.scaler is not None:

@@ -1,0 +1,366 @@
+"""train.py as its users run it: real processes, killed, stopped, continued and compared bit for bit."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from training import ROOT, TINY, events, flags, kill, outcome, output, run, start, wait_for_step
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from lm.run import EXIT_STOPPED, parse
+from lm.runlog import records
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(papers_dir, tmp_path_factory):
+    """A run of 40 steps on one process that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("train") / "run"
+    assert run(folder, papers_dir) == 0, output(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_on_two(papers_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train2") / "run"
+    assert run(folder, papers_dir, processes=2) == 0, output(folder)
+    return folder
+
+
+@pytest.fixture
+def in_process(papers_dir, tmp_path):
+    """Run train.main here, which saves the five seconds of imports; the signal handlers are put back afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def go(folder="run", **changes):
+        argv = flags(**TINY | {"data_dir": papers_dir} | changes, output_dir=tmp_path / folder, force_cpu=True)
+        return train.main(parse(train.Args, argv))
+
+    yield go
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def test_every_step_is_logged_once_with_its_diagnostics(uninterrupted):
+    log = records(uninterrupted, "train")
+    assert [record["step"] for record in log] == list(range(1, 41))
+    assert all(
+        record.keys() == {"step", "loss", "lr", "grad_norm", "grad_norm_clipped", "param_norm", "tokens"} for record in log
+    )
+    assert [record["tokens"] for record in log] == [288 * step for step in range(1, 41)]
+    assert [round(record["lr"], 9) for record in log[:6]] == [0.0006, 0.0012, 0.0018, 0.0024, 0.003, 0.003]
+    assert log[0]["loss"] == pytest.approx(math.log(300), abs=0.15)
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    assert all(record["grad_norm_clipped"] <= min(1.0, record["grad_norm"]) for record in log)
+    assert [record["step"] for record in records(uninterrupted, "eval")] == [8, 16, 24, 32, 40]
+
+
+def test_the_final_model_loads_with_transformers_and_predicts_as_logged(uninterrupted, papers_dir):
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "final")
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "final")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    data = train.make_plan(arguments(papers_dir), train.read_papers(papers_dir), 1).validation
+    ids = torch.from_numpy(data.astype("int64"))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(records(uninterrupted, "eval")[-1]["val_loss"], rel=1e-5)
+
+
+def arguments(papers_dir, **changes) -> train.Args:
+    return train.Args(**TINY | {"data_dir": str(papers_dir), "output_dir": "nowhere"} | changes)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_it_had_not_been(
+    processes, uninterrupted, uninterrupted_on_two, papers_dir, tmp_path
+):
+    folder, draw = tmp_path / "run", random.Random(processes)
+    for step in (3, 17, 31):  # before the first checkpoint but step 0, and between others
+        process = start(folder, papers_dir, processes)
+        wait_for_step(folder, step, process)
+        time.sleep(draw.random() * 0.1)
+        kill(process)
+    assert run(folder, papers_dir, processes) == 0, output(folder)
+    assert outcome(folder) == outcome(uninterrupted if processes == 1 else uninterrupted_on_two)
+    assert [event["event"] for event in events(folder)] == ["started", "resumed", "resumed", "resumed", "finished"]
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(uninterrupted, uninterrupted_on_two):
+    one, two = (records(folder, "train") for folder in (uninterrupted, uninterrupted_on_two))
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=2e-5)
+    assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=2e-4)
+    assert json.loads((uninterrupted_on_two / "run.json").read_text())["derived"]["grad_accum"] == 2
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_another_split(uninterrupted, papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, papers_dir, processes=2)
+    wait_for_step(folder, 18, process)
+    kill(process)
+    assert run(folder, papers_dir, processes=1, micro_batch=4) == 0, output(folder)
+    same, other = (records(run_folder, "train") for run_folder in (uninterrupted, folder))
+    assert [record["step"] for record in other] == [record["step"] for record in same]
+    assert [record["loss"] for record in other] == pytest.approx([record["loss"] for record in same], rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint_and_exit_code_75(name, uninterrupted, papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, papers_dir)
+    wait_for_step(folder, 13, process)
+    process.send_signal(signal.Signals[name])
+    assert process.wait(timeout=20) == EXIT_STOPPED == 75, output(folder)
+    stopped = events(folder)[-1]
+    assert (stopped["event"], stopped["signal"]) == ("stopped", name)
+    assert (folder / "checkpoints" / f"step_{stopped['step']:08d}" / "manifest.json").exists()
+    assert run(folder, papers_dir) == 0, output(folder)
+    assert outcome(folder) == outcome(uninterrupted)
+
+
+def test_a_signal_to_one_process_of_two_stops_both(uninterrupted_on_two, papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    launcher = start(folder, papers_dir, processes=2)
+    wait_for_step(folder, 11, launcher)
+    pattern = ["pgrep", "-P", str(launcher.pid)]
+    workers = [int(pid) for pid in subprocess.run(pattern, capture_output=True, text=True, check=True).stdout.split()]
+    os.kill(workers[-1], signal.SIGUSR1)
+    assert launcher.wait(timeout=40) == 1, "torchrun turns every worker's code into 1"
+    assert "exitcode  : 75" in output(folder)
+    assert events(folder)[-1]["event"] == "stopped"
+    assert run(folder, papers_dir, processes=2) == 0, output(folder)
+    assert outcome(folder) == outcome(uninterrupted_on_two)
+
+
+def test_a_finished_run_is_not_touched_when_it_is_run_again(uninterrupted, papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    before = outcome(folder)
+    assert run(folder, papers_dir) == 0
+    assert "finished before" in output(folder)
+    assert outcome(folder) == before
+
+
+def test_another_run_in_the_same_folder_is_refused_naming_every_difference(in_process):
+    in_process(token_budget=576)
+    with pytest.raises(ValueError, match=r"lr: saved 0.003, now 0.001; effective_batch: saved 12, now 24"):
+        in_process(token_budget=576, lr=0.001, effective_batch=24)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    name, harm, uninterrupted, papers_dir, tmp_path, in_process, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "final")
+    path = folder / "checkpoints" / "step_00000040" / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if harm == "remove":
+        path.unlink()
+    elif harm == "truncate":
+        path.write_bytes(content[:middle])
+    else:
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert in_process() == 0
+    said = capsys.readouterr().out
+    assert "step_00000040 is damaged" in said
+    assert name in said or (name, harm) == ("manifest.json", "flip")  # then it is the file that it says something else of
+    assert [event["step"] for event in events(folder) if event["event"] == "resumed"] == [35]
+    assert outcome(folder) == outcome(uninterrupted)
+    assert (folder / "checkpoints" / "step_00000040.damaged_1").exists()
+
+
+def test_a_transient_fault_changes_nothing(in_process, uninterrupted, tmp_path, monkeypatch):
+    poison(monkeypatch, calls={30})
+    assert in_process() == 0
+    assert outcome(tmp_path / "run") == outcome(uninterrupted)
+    fault = next(event for event in events(tmp_path / "run") if event["event"] == "not_finite")
+    assert (fault["step"], fault["attempt"], fault["loss"]) == (8, 1, "nan")
+    assert fault["faults"][0] == "loss of micro-batch 2 on process 0"
+    assert any(name.startswith("gradient of gpt_neox.layers.0.") for name in fault["faults"])
+
+
+def test_a_lasting_fault_rolls_back_and_steps_over_the_data(in_process, tmp_path, papers_dir, monkeypatch):
+    plan = train.make_plan(arguments(papers_dir), train.read_papers(papers_dir), 1)
+    bad_row = torch.from_numpy(plan.train.windows(12 * 17 + 4, 1)[0])  # in step 18, data step 17
+    poison(monkeypatch, row=bad_row)
+    assert in_process() == 0
+    folder = tmp_path / "run"
+    seen = events(folder)
+    assert [event["attempt"] for event in seen if event["event"] == "not_finite"] == [1, 2, 3]
+    (rolled_back,) = [event for event in seen if event["event"] == "rolled_back"]
+    assert (rolled_back["from_step"], rolled_back["to_step"]) == (18, 15)
+    assert rolled_back["data_steps_left_out"] == [15, 17]
+    assert [record["step"] for record in records(folder, "train")] == list(range(1, 41))
+    assert json.loads((folder / "checkpoints" / "step_00000040" / "state.json").read_text())["data_offset"] == 3
+    batch = torch.load(folder / "problematic_batch.pt", weights_only=True)
+    assert (batch["step"], batch["data_step"], len(batch["micro_batches"])) == (18, 17, 4)
+    assert torch.equal(batch["micro_batches"][1][1], bad_row)
+    assert batch["faults"][0] == "loss of micro-batch 1"
+    assert len(batch["source"]) == 4
+    assert len(batch["source"][0]) == 3
+
+
+def test_a_fault_that_no_data_explains_ends_the_run_and_says_so(in_process, monkeypatch):
+    poison(monkeypatch, calls=range(100, 10_000))
+    with pytest.raises(RuntimeError, match="the data is not the cause"):
+        in_process()
+
+
+def poison(monkeypatch, calls=(), row=None) -> None:
+    """Make the loss NaN at the given calls, or whenever the given window is in the micro-batch."""
+    clean, count = train.window_loss, 0
+
+    def poisoned(model, windows):
+        nonlocal count
+        count += 1
+        loss, finite = clean(model, windows)
+        hit = count - 1 in calls or (row is not None and bool((windows == row).all(dim=1).any()))
+        return (loss * float("nan"), finite) if hit else (loss, finite)
+
+    monkeypatch.setattr(train, "window_loss", poisoned)
+
+
+POISON_ONE_OF_TWO = """
+import os, sys, torch, train
+from lm.run import parse
+clean, count = train.window_loss, 0
+def poisoned(model, windows):
+    global count
+    count += 1
+    loss, finite = clean(model, windows)
+    return (loss * float(sys.argv[1]), finite) if os.environ["RANK"] == "1" and count == 13 else (loss, finite)
+train.window_loss = poisoned
+sys.exit(train.main(parse(train.Args, sys.argv[2:])))
+"""
+
+
+def test_a_fault_on_one_process_of_two_changes_nothing_on_either(uninterrupted_on_two, papers_dir, tmp_path):
+    folder, script = tmp_path / "run", tmp_path / "poisoned.py"
+    script.write_text(POISON_ONE_OF_TWO.replace("sys.argv[1]", "'nan'").replace("sys.argv[2:]", "sys.argv[1:]"))
+    process = start(folder, papers_dir, processes=2, script=script)
+    assert process.wait(timeout=90) == 0, output(folder)
+    assert outcome(folder) == outcome(uninterrupted_on_two)
+    fault = next(event for event in events(folder) if event["event"] == "not_finite")
+    assert fault["faults"][0] == "loss of micro-batch 0 on process 1"
+
+
+def test_the_last_checkpoints_are_kept_and_the_rest_removed(uninterrupted):
+    names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert names == ["step_00000030", "step_00000035", "step_00000040"]
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best_model(in_process, tmp_path):
+    assert in_process(lr=0.3, steps_per_eval_epoch=1, early_stopping_patience=2) == 0
+    losses = [record["val_loss"] for record in records(tmp_path / "run", "eval")]
+    assert len(losses) < 40
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert json.loads((tmp_path / "run" / "best" / "about.json").read_text())["val_loss"] == min(losses)
+
+
+def test_the_plateau_lowers_the_learning_rate_and_a_resumed_run_agrees(in_process, tmp_path):
+    settings = {"lr": 0.1, "steps_per_eval_epoch": 2, "reduce_lr_factor": 0.5, "reduce_lr_patience": 0}
+    in_process(**settings)
+    rates = [record["lr"] for record in records(tmp_path / "run", "train")]
+    assert min(rates[5:]) < 0.1
+    in_process("short", **settings, max_eval_epochs=9)
+    in_process("short", **settings)
+    assert outcome(tmp_path / "short") == outcome(tmp_path / "run")
+
+
+def test_token_budget_wins_over_epochs(papers_dir):
+    papers = train.read_papers(papers_dir)
+    assert train.make_plan(arguments(papers_dir, epochs=3.0), papers, 1).total_steps == 40
+    assert train.make_plan(arguments(papers_dir, epochs=3.0, token_budget=None), papers, 1).total_steps == 6  # 24 papers
+    assert train.make_plan(arguments(papers_dir, max_eval_epochs=2), papers, 1).total_steps == 16
+    with pytest.raises(ValueError, match="less than one step of 12 windows x 24 targets"):
+        train.make_plan(arguments(papers_dir, token_budget=287), papers, 1)
+
+
+def test_workers_load_the_same_examples(in_process, uninterrupted, tmp_path):
+    assert in_process(num_workers=2) == 0
+    assert outcome(tmp_path / "run") == outcome(uninterrupted)
+
+
+def test_bf16_trains_with_float32_parameters(papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, papers_dir, precision="bf16") == 0, output(folder)
+    log = records(folder, "train")
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"K": 5}, "--K 5, but the data has 4 categories"),
+        ({"K": 0}, "--K 0: at least 1 is needed"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"micro_batch": 5}, "--effective_batch 12 is not a multiple of micro_batch x processes = 5 x 1"),
+        ({"sequence_length": 5000}, "has 5001 tokens"),
+        ({"model": "no-such-model"}, "--model no-such-model is no preset"),
+        ({"resume_from": "latest"}, "no checkpoint in"),
+        ({"data_dir": "nowhere"}, r"no nowhere/meta.json: run fetch_arxiv.py"),
+        ({"upload_results_to_s3": True}, "--upload_results_to_s3 without --s3_bucket"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(changes, message, in_process, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        in_process(**changes)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_all_faults_of_the_arguments_are_named_together():
+    args = train.Args(K=0, output_dir="x", lr=-1.0, adam_beta1=2.0, token_budget=0)
+    assert len(args.faults()) == 4
+
+
+def test_two_trainers_do_not_share_a_folder(papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    first = start(folder, papers_dir, token_budget=10**9)
+    wait_for_step(folder, 1, first)
+    assert run(folder, papers_dir, token_budget=10**9) == 1
+    assert "another process is training in" in output(folder)
+    assert first.poll() is None
+    kill(first)
+
+
+def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(papers_dir, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "train.py")]
+    options = flags(**TINY, data_dir=papers_dir, output_dir=tmp_path / "run")
+    done = subprocess.run([*launch, *options], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "accelerate launch was asked for several processes and started one" in done.stderr
+
+
+def test_weights_and_biases_gets_every_step(papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, papers_dir, wandb_project="tests", token_budget=288 * 10) == 0, output(folder)
+    (journal,) = folder.glob("wandb/offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(journal)]
+    read = subprocess.run(inspect, capture_output=True, text=True, check=True)
+    assert read.stdout.count('"train/loss"') + read.stdout.count("train/loss") >= 10
+
+
+def test_results_are_uploaded_to_s3(in_process, s3, tmp_path):
+    client, bucket = s3
+    assert in_process(token_budget=288 * 10, upload_results_to_s3=True, s3_bucket=bucket) == 0
+    names = {item["Key"] for item in client.list_objects_v2(Bucket=bucket)["Contents"]}
+    assert {"runs/run/run.json", "runs/run/final/model.safetensors", "runs/run/logs/train.jsonl"} <= names
+    assert not any("checkpoints" in name for name in names)
