@@ -98,7 +98,8 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
         finite_logits.append(finite)
     losses, finite_logits = torch.stack(losses), torch.stack(finite_logits)
 
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    accelerator.unscale_gradients()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     param_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
     bad = (~(losses.isfinite() & finite_logits)).sum()
     sums = accelerator.reduce(torch.stack([losses.sum(), bad.double()]), "sum")
@@ -108,7 +109,8 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     applied = bad == 0 and norm < math.inf  # false for NaN too
     clipped = norm * min(1.0, max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ scales
     faults = () if applied else _faults(accelerator.unwrap_model(model), losses, finite_logits)
-    if applied:
+    if applied:  # clipped only now: by a norm that is NaN, every gradient would become NaN, and none could be named
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, grad_norm)
         optimizer.step()
     elif accelerator.scaler is not None:
         accelerator.scaler.update()  # lowers the scale after an overflow

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from lm.models import PRESETS, build_model, load_model, num_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # EleutherAI's own counts, with the vocabulary padded to 50,304 (50,688 for none of these)
+        ("pythia-14m", 14_067_712),
+        ("pythia-31m", 30_494_720),
+        ("pythia-70m", 70_426_624),
+        ("pythia-160m", 162_322_944),
+        ("pythia-410m", 405_334_016),
+        ("pythia-1b", 1_011_781_632),
+        ("pythia-1.4b", 1_414_647_808),
+    ],
+)
+def test_pythia_presets_have_the_published_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        assert num_parameters(build_model(name, 50_304, 2048)) == parameters
+
+
+def test_parameters_are_float32_whatever_the_config_says(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    GPTNeoXConfig(**shape, vocab_size=50_304, dtype="float16").save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_config(GPTNeoXConfig.from_pretrained(tmp_path)).dtype == torch.float16, "the trap"
+    model = build_model(str(tmp_path), 300, 100)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.get_input_embeddings().num_embeddings == model.get_output_embeddings().out_features == 300
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(build_model("neox-64x2", 300, 100).get_input_embeddings().weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("name", [name for name, shape in PRESETS.items() if shape.hidden <= 256])
+def test_no_logit_depends_on_a_later_token(name):
+    torch.manual_seed(0)
+    model = build_model(name, 300, 32).eval()
+    ids = torch.randint(300, (2, 32))
+    other = ids.clone()
+    other[:, 20:] = (other[:, 20:] + 1) % 300
+    with torch.no_grad():
+        before, after = model(ids).logits, model(other).logits
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20], after[:, 20])
+
+
+def test_what_cannot_be_built_or_loaded_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--model nobody/nothing is no preset .neox-64x2, .*and not on the hub"):
+        build_model("nobody/nothing", 300, 100)
+    with pytest.raises(ValueError, match="--model pythia-70m has 2048 positions, 4096 are needed"):
+        build_model("pythia-70m", 300, 4096)
+    with pytest.raises(FileNotFoundError, match="no model at nobody/nothing"):
+        load_model("nobody/nothing")
+    model = build_model("neox-64x2", 300, 100)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks the weights gpt_neox.layers.1"):
+        load_model(tmp_path)
