@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lm import draws
+from lm.args import RunArgs, check, parse
 from lm.checkpoint import Checkpoints, load_checkpoint
 from lm.files import read_json
 from lm.loss import cross_entropy_sum
@@ -38,7 +39,7 @@ from lm.models import build_model, num_parameters
 from lm.optim import adamw
 from lm.papers import Papers, read_papers
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
-from lm.run import EXIT_STOPPED, Run, RunArgs, check, leave_signals_to_the_trainer, open_run, parse, start_accelerator
+from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, start_accelerator
 from lm.s3 import S3Folder
 from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
 from lm.step import StepResult, plan_batch, train_step
@@ -71,8 +72,8 @@ class Args(RunArgs):
     """Forward passes in one optimizer step; follows from --effective_batch by default."""
     effective_batch: int | None = None
     """Windows in one optimizer step over all processes (512 unless --grad_accum is given)."""
-    epochs: float = 1.0
-    """Passes of one window for each eligible paper; used when --token_budget is not set."""
+    epochs: float | None = None
+    """Passes of one window for each eligible paper; 1 if nothing else says when to end."""
     token_budget: int | None = None
     """Targets to train on in all, rounded down to whole steps; wins over --epochs."""
 
@@ -102,7 +103,7 @@ class Args(RunArgs):
     steps_per_eval_epoch: int = 100
     """Optimizer steps between evaluations."""
     max_eval_epochs: int | None = None
-    """Stop after this many evaluation periods."""
+    """Evaluation periods at most; with neither --token_budget nor --epochs they are the length of the run."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a new best; None never stops early."""
     eval_windows: int = 1024
@@ -126,7 +127,7 @@ class Args(RunArgs):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
         for name in ("lr", "adam_eps", "max_grad_norm", "epochs"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: more than 0 is needed")
         for name in ("adam_beta1", "adam_beta2", "min_lr_ratio", "reduce_lr_factor"):
             if not 0 <= getattr(self, name) <= 1:
@@ -172,12 +173,14 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
     effective = args.effective_batch or (512 if args.grad_accum is None else None)
     grad_accum, effective = plan_batch(args.micro_batch, args.grad_accum, effective, num_processes)
     tokens_per_step = effective * args.sequence_length
-    if args.token_budget is not None:
-        total_steps = args.token_budget // tokens_per_step
-    else:
-        total_steps = math.ceil(args.epochs * len(train) / effective)
+    limits = []
     if args.max_eval_epochs is not None:
-        total_steps = min(total_steps, args.max_eval_epochs * args.steps_per_eval_epoch)
+        limits.append(args.max_eval_epochs * args.steps_per_eval_epoch)
+    if args.token_budget is not None:
+        limits.append(args.token_budget // tokens_per_step)
+    elif args.epochs is not None or not limits:
+        limits.append(math.ceil((args.epochs or 1.0) * len(train) / effective))
+    total_steps = min(limits)
     if total_steps < 1:
         raise ValueError(
             f"--token_budget {args.token_budget} is less than one step of {effective} windows x {args.sequence_length}"

@@ -16,7 +16,8 @@ from training import ROOT, TINY, events, flags, kill, outcome, output, run, star
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from lm.run import EXIT_STOPPED, parse
+from lm.args import parse
+from lm.run import EXIT_STOPPED
 from lm.runlog import records
 
 
@@ -237,7 +238,7 @@ def poison(monkeypatch, calls=(), row=None) -> None:
 
 POISON_ONE_OF_TWO = """
 import os, sys, torch, train
-from lm.run import parse
+from lm.args import parse
 clean, count = train.window_loss, 0
 def poisoned(model, windows):
     global count
@@ -285,6 +286,8 @@ def test_the_plateau_lowers_the_learning_rate_and_a_resumed_run_agrees(in_proces
 def test_token_budget_wins_over_epochs(papers_dir):
     papers = train.read_papers(papers_dir)
     assert train.make_plan(arguments(papers_dir, epochs=3.0), papers, 1).total_steps == 40
+    assert train.make_plan(arguments(papers_dir, token_budget=None), papers, 1).total_steps == 2  # one epoch
+    assert train.make_plan(arguments(papers_dir, token_budget=None, max_eval_epochs=7), papers, 1).total_steps == 56
     assert train.make_plan(arguments(papers_dir, epochs=3.0, token_budget=None), papers, 1).total_steps == 6  # 24 papers
     assert train.make_plan(arguments(papers_dir, max_eval_epochs=2), papers, 1).total_steps == 16
     with pytest.raises(ValueError, match="less than one step of 12 windows x 24 targets"):

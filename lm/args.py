@@ -1,0 +1,56 @@
+"""Command lines: a frozen dataclass is the arguments, their help and their defaults. Light to import: no torch here."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """What every trainer takes."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, logs, final model. The same command run again goes on where it stopped."""
+    seed: int = 0
+    """Decides the initial weights and, with the step, every example."""
+    resume_from: str = "auto"
+    """auto: newest good checkpoint if there is one; latest: the same, but there must be one; a folder: that checkpoint."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
+    force_cpu: bool = False
+    """Do not use a GPU even if there is one."""
+    deterministic: bool = True
+    """Only deterministic GPU kernels, without which a repeated run differs in the last bits (slower on some models)."""
+    detect_anomaly: bool = False
+    """Let autograd name the operation that made a NaN (several times slower)."""
+    checkpoint_interval_steps: int = 500
+    """Optimizer steps between checkpoints: at most so many are repeated after a kill."""
+    max_step_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (WANDB_MODE=offline works without a network)."""
+    wandb_run_name: str | None = None
+    """Name of the run there; by default the name of the output folder."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = []
+        if self.checkpoint_interval_steps < 1:
+            found.append(f"--checkpoint_interval_steps {self.checkpoint_interval_steps}: at least 1 step is needed")
+        if self.max_step_checkpoints < 1:
+            found.append(f"--max_step_checkpoints {self.max_step_checkpoints}: at least 1 is needed, or nothing could resume")
+        return found
+
+
+def parse(cls: type[T], argv: list[str] | None = None) -> T:
+    """The command line as an instance of the dataclass `cls`; --micro_batch and --micro-batch are the same."""
+    return tyro.cli(cls, args=argv, use_underscores=True)
+
+
+def check(faults: list[str]) -> None:
+    """Raise one ValueError that lists every fault, if there are any."""
+    if faults:
+        raise ValueError("\n".join(faults))

@@ -1,0 +1,182 @@
+"""Answer an experiment from the folders of its runs: tables, figures, and what was found in one sentence.
+
+    python report.py ergodic runs          # how loss falls with context when K categories are mixed (train.py --K)
+
+`ergodic` compares every mixture with the K = 1 runs on its categories, window by window (lm/excess.py says what can be
+expected of the difference).
+
+Reads   RUN/run.json, RUN/evaluation/CHECKPOINT_SPLIT.json and .npz of every run below the folder (evaluate_model.py)
+Writes  report/{context_loss,excess,loss_against_k}.png, report.json and report.md in the folder
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from lm.files import whole_file, write_json
+from lm.measure import bin_centres, context_bins
+from lm.mixtures import Result, analyse, by_K, find_results
+from lm.plots import Curve, Points, context_loss_figure, excess_figure, loss_against_k_figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ergodic:
+    """Loss against context for K mixed categories, and its excess over K = 1."""
+
+    runs_dir: tyro.conf.Positional[Path]
+    """Folder with the runs of one experiment, at any depth."""
+    checkpoint: str = "final"
+    """Which evaluations to take: final, best, step_00000200."""
+    split: str = "test"
+    """Papers that were measured on."""
+
+
+def draw(folder: Path, summary: dict[int, dict[str, Any]], num_positions: int) -> list[Path]:
+    """The figures: loss against context, excess and its area (if there is one), loss against K."""
+    x = bin_centres(context_bins(num_positions))
+    paths = [folder / "context_loss.png", folder / "excess.png", folder / "loss_against_k.png"]
+
+    def curves(key: str) -> list[Curve]:
+        return [Curve(label=f"K = {K}", x=x, mean=row[key][0], se=row[key][1]) for K, row in summary.items() if key in row]
+
+    def points(key: str, label: str) -> Points:
+        having = {K: row[key] for K, row in summary.items() if key in row}
+        values, errors = zip(*having.values(), strict=True) if having else ((), ())
+        return Points(label=label, K=list(having), value=[float(v) for v in values], se=[float(e) for e in errors])
+
+    context_loss_figure(paths[0], curves("loss_curve"), "Loss against context when K categories are mixed", ordered=True)
+    mixed = [points("tail_loss", "models of K categories")]
+    if curves("excess_curve"):
+        excess_figure(
+            paths[1],
+            curves("excess_curve"),
+            area=points("area_above_tail", "area above the tail"),
+            raw=points("area", "whole area"),
+            bound=points("bound", "bound for these shares"),
+            title="What mixing costs at each context length",
+        )
+        mixed.append(points("tail_loss_of_one", "models of one category, same text"))
+    else:
+        paths.pop(1).unlink(missing_ok=True)
+    panels = [
+        (f"loss at {num_positions - max(1, num_positions // 10) + 1}-{num_positions} tokens (nats per token)", mixed),
+        ("test perplexity", [points("perplexity", "models of K categories")]),
+    ]
+    loss_against_k_figure(paths[-1], panels, "Loss with a long context, and perplexity, against K")
+    return paths
+
+
+COLUMNS = {
+    "tail_loss": "loss, last tenth",
+    "test_loss": "test loss",
+    "perplexity": "perplexity",
+    "tail_excess": "excess, last tenth",
+    "area": "area",
+    "area_above_tail": "area above tail",
+    "bound": "bound",
+    "H": "H(p)",
+}
+
+
+def table(summary: dict[int, dict[str, Any]]) -> str:
+    """A row for each K, as Markdown."""
+    rows = [["K", "runs", *COLUMNS.values(), "ln K"]]
+    for K, row in summary.items():
+        cells = [_text(*row[key]) if key in row else "-" for key in COLUMNS]
+        rows.append([str(K), str(row["num_runs"]), *cells, f"{np.log(K):.3f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _text(value: float, se: float) -> str:
+    return f"{value:.3f} ± {se:.3f}" if se > 0 else f"{value:.3f}"
+
+
+def notes(results: list[Result], found: list[dict[str, Any]], left_out: list[str]) -> list[str]:
+    """What a reader of the numbers must know."""
+    lines = [f"left out: {line}" for line in left_out]
+    if max(result.K for result in results) > 1 and not any(result.K == 1 for result in results):
+        lines.append("no K = 1 run: the excess is left out; train one for each category (train.py --K 1) and evaluate it")
+    for result, row in zip(results, found, strict=True):
+        if result.K > 1 and "matched" in row and (missing := sorted(set(result.shares) - set(row["matched"]))):
+            lines.append(f"{result.folder}: no K = 1 run on {', '.join(missing)}: excess and bound are over the others")
+        elif result.K > 1 and "matched" not in row and any(other.K == 1 for other in results):
+            lines.append(f"{result.folder}: no K = 1 run on any of {', '.join(result.shares)}: no excess")
+    budgets = {str(result.folder): result.num_tokens for result in results if result.num_tokens}
+    if budgets and max(budgets.values()) > 1.01 * min(budgets.values()):
+        of = ", ".join(f"{folder} {tokens:,}" for folder, tokens in budgets.items())
+        lines.append(f"the models were trained on different numbers of tokens, which the excess includes: {of}")
+    return lines
+
+
+def finding(summary: dict[int, dict[str, Any]], num_positions: int) -> str:
+    """One sentence, from the largest K that has an excess."""
+    having = [K for K, row in summary.items() if "area" in row]
+    if not having:
+        return "Finding: no excess to judge, since no mixture has a K = 1 run to be compared with."
+    K, row = having[-1], summary[having[-1]]
+    value, se = row["area_above_tail"]
+    limit = float(row["bound"][0])
+    margin = 0.0 if np.isnan(se) else 2 * se
+    verdict = "below" if value + margin < limit else "above" if value - margin > limit else "within two errors of"
+    first, last = row["excess_curve"][0][0], row["tail_excess"][0]
+    return (
+        f"Finding: mixing K = {K} categories costs {first:.3f} nats per token at 1 token of context and {last:.3f} at"
+        f" {num_positions}; what context makes up for sums to {_text(value, se)} nats, {verdict} the {limit:.3f} that an"
+        f" ideal predictor could need to learn which category it reads (ln {K} = {np.log(K):.3f})."
+    )
+
+
+def ergodic(args: Ergodic) -> None:
+    """Find, analyse, write, and say what was found."""
+    results, left_out = find_results(args.runs_dir, args.checkpoint, args.split)
+    singles = [result for result in results if result.K == 1]
+    found = [analyse(result, singles) for result in results]
+    summary = by_K(results, found)
+    num_positions = results[0].settings["evaluation sequence_length"]
+    folder = args.runs_dir / "report"
+    paths = draw(folder, summary, num_positions)
+    remarks, sentence = notes(results, found, left_out), finding(summary, num_positions)
+    about = [{"run": str(r.folder), "K": r.K, "seed": r.seed, "shares": r.shares, "num_tokens": r.num_tokens} for r in results]
+    record = {
+        "settings": results[0].settings,
+        "context": bin_centres(context_bins(num_positions)).tolist(),
+        "K": {str(K): _plain(row) for K, row in summary.items()},
+        "runs": [head | _plain(row) for head, row in zip(about, found, strict=True)],
+        "notes": remarks,
+        "finding": sentence,
+    }
+    write_json(folder / "report.json", record)
+    text = "\n\n".join([*remarks, table(summary)])
+    with whole_file(folder / "report.md") as partial:
+        pictures = "\n\n".join(f"![{path.stem}]({path.name})" for path in paths)
+        partial.write_text(f"# Mixing K categories\n\n{sentence}\n\n{text}\n\n{pictures}\n", encoding="utf-8")
+    print(f"{text}\n\nfigures: {', '.join(map(str, paths))}\n{sentence}")
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    """Pairs as {"value", "se"} for JSON, with null for an error that is not known."""
+
+    def known(x: Any) -> Any:
+        return [known(y) for y in x] if np.ndim(x) else None if np.isnan(x) else float(x)
+
+    return {
+        key: {"value": known(pair[0]), "se": known(pair[1])} if isinstance(pair, tuple) else pair for key, pair in found.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer the experiment that the first argument names."""
+    experiments = {"ergodic": (Ergodic, ergodic)}
+    args = tyro.extras.subcommand_cli_from_dict(
+        {name: kind for name, (kind, _) in experiments.items()}, args=argv, use_underscores=True
+    )
+    next(answer for kind, answer in experiments.values() if isinstance(args, kind))(args)
+
+
+if __name__ == "__main__":
+    main()
