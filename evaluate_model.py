@@ -142,7 +142,7 @@ def measure(args: Args, model: torch.nn.Module, papers: Papers, samplers: dict[s
     categories, losses, paper_of, totals = {}, {}, {}, []
     with progress(num_tokens) as bar:
         for name, sampler in samplers.items():
-            bar.set_description(name)
+            bar.set_description(name, refresh=False)
             losses[name] = random_window_losses(args, model, sampler, bar)
             paper_of[name], _ = sampler.locate(0, args.num_windows)
             totals.append(paper_totals(args, model, papers, chosen[name], bar))

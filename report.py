@@ -62,7 +62,7 @@ def draw(folder: Path, summary: dict[int, dict[str, Any]], num_positions: int) -
     else:
         paths.pop(1).unlink(missing_ok=True)
     panels = [
-        (f"loss at {num_positions - max(1, num_positions // 10) + 1}-{num_positions} tokens (nats per token)", mixed),
+        (f"loss at {num_positions // 2 + 1}-{num_positions} tokens of context (nats per token)", mixed),
         ("test perplexity", [points("perplexity", "models of K categories")]),
     ]
     loss_against_k_figure(paths[-1], panels, "Loss with a long context, and perplexity, against K")
@@ -70,10 +70,10 @@ def draw(folder: Path, summary: dict[int, dict[str, Any]], num_positions: int) -
 
 
 COLUMNS = {
-    "tail_loss": "loss, last tenth",
+    "tail_loss": "loss, second half",
     "test_loss": "test loss",
     "perplexity": "perplexity",
-    "tail_excess": "excess, last tenth",
+    "tail_excess": "excess, second half",
     "area": "area",
     "area_above_tail": "area above tail",
     "bound": "bound",
@@ -125,9 +125,9 @@ def finding(summary: dict[int, dict[str, Any]], num_positions: int) -> str:
     verdict = "below" if value + margin < limit else "above" if value - margin > limit else "within two errors of"
     first, last = row["excess_curve"][0][0], row["tail_excess"][0]
     return (
-        f"Finding: mixing K = {K} categories costs {first:.3f} nats per token at 1 token of context and {last:.3f} at"
-        f" {num_positions}; what context makes up for sums to {_text(value, se)} nats, {verdict} the {limit:.3f} that an"
-        f" ideal predictor could need to learn which category it reads (ln {K} = {np.log(K):.3f})."
+        f"Finding: mixing K = {K} categories costs {first:.3f} nats per token at 1 token of context and {last:.3f}"
+        f" beyond {num_positions // 2}; what context makes up for sums to {_text(value, se)} nats, {verdict} the"
+        f" {limit:.3f} that an ideal predictor could need to learn which category it reads (ln {K} = {np.log(K):.3f})."
     )
 
 

@@ -53,6 +53,8 @@ class Args(RunArgs):
 
     K: int
     """Number of categories in the mixture; the same --seed gives nested choices."""
+    categories: tuple[str, ...] = ()
+    """These K categories instead of K that the seed chooses (a K = 1 run on each is what a mixture is compared with)."""
     data_dir: str = "preprocessed_arxiv"
     """Folder that fetch_arxiv.py wrote."""
     verify_data: bool = False
@@ -135,6 +137,8 @@ class Args(RunArgs):
         for name in ("warmup_steps", "weight_decay", "reduce_lr_patience", "num_workers"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} {getattr(self, name)}: 0 or more is needed")
+        if self.categories and len(set(self.categories)) != self.K:
+            found.append(f"--categories {' '.join(self.categories)} with --K {self.K}: name K different ones, or none")
         if self.upload_results_to_s3 and not self.s3_bucket:
             found.append("--upload_results_to_s3 without --s3_bucket: pass the bucket")
         return found
@@ -166,7 +170,7 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
 
     Raises: ValueError if the data does not allow it.
     """
-    categories = choose_categories(papers.category_names, args.K, args.seed)
+    categories = args.categories or choose_categories(papers.category_names, args.K, args.seed)
     choice = {"sequence_length": args.sequence_length, "target_categories": categories, "seed": args.seed}
     train = RandomWindowDataset(papers, "train", **choice, sampling=args.sampling, category_weighting=args.category_weighting)
     validation = RandomWindowDataset(papers, "validation", **choice, category_weighting=args.category_weighting)
@@ -203,7 +207,7 @@ def identity(args: Args, plan: Plan, papers: Papers) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
     if args.lr_schedule != "constant":
         settings["total_steps"] = plan.total_steps
-    return settings | {"effective_batch": plan.effective_batch, "data": files}
+    return settings | {"categories": plan.train.categories, "effective_batch": plan.effective_batch, "data": files}
 
 
 def window_loss(model: torch.nn.Module, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,11 +5,13 @@ the counter is the index, the key is made from the seed and the purpose. So exam
 and a resumed run, or one with another number of processes, draws the same numbers.
 """
 
+import functools
 import hashlib
 
 import numpy as np
 
 
+@functools.lru_cache(maxsize=64)
 def key(seed: int, purpose: str) -> np.ndarray:
     """The Philox key, two uint64, that `seed` and `purpose` name together."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()

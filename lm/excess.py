@@ -6,7 +6,8 @@ any text at least p_c times the probability that c gives it. Averaged over the c
 H(p) = -sum p_c ln p_c <= ln K, and it is what the window tells about its category (Riechers et al., arXiv 2505.18373).
 
 Trained models are not ideal, and differ in what they learned of the text itself, at every position. So the area is also
-taken above the tail, the mean over the last tenth of the positions, where context has little left to tell.
+taken above the tail, the mean over the second half of the positions, where context has little left to tell. (Half,
+because this mean counts once for every position: over a tenth of them its noise is all that the area shows.)
 """
 
 import math
@@ -17,8 +18,8 @@ from lm.measure import binned, mean_and_se
 
 
 def tail_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last tenth of the positions (last axis), at least one."""
-    return values[..., -max(1, values.shape[-1] // 10) :].mean(axis=-1)
+    """The mean over the second half of the positions (last axis), at least one."""
+    return values[..., values.shape[-1] // 2 :].mean(axis=-1)
 
 
 def area(values: np.ndarray) -> np.ndarray:
@@ -27,7 +28,7 @@ def area(values: np.ndarray) -> np.ndarray:
 
 
 def area_above_tail(values: np.ndarray) -> np.ndarray:
-    """The sum over positions (last axis) of what exceeds the mean of the last tenth."""
+    """The sum over positions (last axis) of what exceeds the mean of the second half."""
     return area(values) - values.shape[-1] * tail_mean(values)
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # transformers draws one for every model that it reads or writes, over ours
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class NeoX:
 # Pythia: Biderman et al., arXiv 2304.01373, table 1, and the published config.json of each (intermediate = 4 x hidden).
 PRESETS = {
     "neox-64x2": NeoX(64, 2, 4),  # for two CPU cores
-    "neox-128x4": NeoX(128, 4, 4),
+    "neox-128x2": NeoX(128, 2, 4),
     "pythia-14m": NeoX(128, 6, 4),
     "pythia-31m": NeoX(256, 6, 8),
     "pythia-70m": NeoX(512, 6, 8),

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 
 from lm.args import RunArgs
@@ -88,7 +87,6 @@ def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
             "accelerate launch was asked for several processes and started one, as it does with --cpu: leave out --cpu and"
             " pass --multi_gpu (without a GPU too), or --num_processes 1; or unset MASTER_PORT if you exported it"
         )
-    transformers.utils.logging.disable_progress_bar()  # it draws one for each checkpoint, over ours
     accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:

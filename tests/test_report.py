@@ -242,11 +242,12 @@ def test_no_runs_and_no_evaluations_are_told_apart(tmp_path):
 
 
 def test_areas_tails_and_bounds():
-    values = np.concatenate([np.arange(18.0), [3.0, 5.0]])[None]
+    values = np.array([[9.0, 7.0, 3.0, 5.0]])
     assert tail_mean(values) == [4.0]
-    assert area(values) == [161.0]
-    assert area_above_tail(values) == [81.0]
-    assert tail_mean(values[:, :5]) == [4.0]
+    assert area(values) == [24.0]
+    assert area_above_tail(values) == [8.0]
+    assert tail_mean(values[:, :3]) == [5.0]
+    assert tail_mean(values[:, :1]) == [9.0]
     assert entropy({"a": 0.25, "b": 0.25, "c": 0.5}) == pytest.approx(1.5 * math.log(2))
     assert bound({"a": 0.25, "b": 0.75}, {"a": 1.0}) == pytest.approx(math.log(4))
 

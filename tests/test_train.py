@@ -294,6 +294,13 @@ def test_token_budget_wins_over_epochs(papers_dir):
         train.make_plan(arguments(papers_dir, token_budget=287), papers, 1)
 
 
+def test_named_categories_take_the_place_of_those_the_seed_chooses(papers_dir):
+    papers = train.read_papers(papers_dir)
+    assert train.make_plan(arguments(papers_dir), papers, 1).train.categories == ["expressions", "operators"]
+    named = arguments(papers_dir, categories=("statements", "objects"))
+    assert train.make_plan(named, papers, 1).train.categories == ["objects", "statements"]
+
+
 def test_workers_load_the_same_examples(in_process, uninterrupted, tmp_path):
     assert in_process(num_workers=2) == 0
     assert outcome(tmp_path / "run") == outcome(uninterrupted)
@@ -313,6 +320,8 @@ def test_bf16_trains_with_float32_parameters(papers_dir, tmp_path):
     [
         ({"K": 5}, "--K 5, but the data has 4 categories"),
         ({"K": 0}, "--K 0: at least 1 is needed"),
+        ({"categories": "objects"}, "--categories objects with --K 2: name K different ones, or none"),
+        ({"K": 1, "categories": "poetry"}, "category 'poetry' is not in .*: choose from expressions, objects"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"micro_batch": 5}, "--effective_batch 12 is not a multiple of micro_batch x processes = 5 x 1"),
         ({"sequence_length": 5000}, "has 5001 tokens"),
