@@ -16,7 +16,6 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 import itertools
 import math
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -39,10 +38,10 @@ from lm.models import build_model, num_parameters
 from lm.optim import adamw
 from lm.papers import Papers, read_papers
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
-from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, start_accelerator
+from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, run_and_exit, start_accelerator
 from lm.s3 import S3Folder
 from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
-from lm.step import StepResult, plan_batch, train_step
+from lm.step import StepResult, plan_batch, settle, train_step
 from lm.tokenizer import fingerprint, load_tokenizer
 from random_window_dataset import MicroBatches, RandomWindowDataset, choose_categories
 
@@ -250,6 +249,7 @@ class Trainer:
         self.accelerator = run.accelerator
         self.bare = bare  # the model as transformers knows it; `model` may be wrapped for several processes
         self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
+        settle(self.accelerator, self.model, torch.from_numpy(plan.validation[:1]).to(self.accelerator.device), window_loss)
         self.checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
         self.identity = identity(args, plan, papers)
         self.progress = Progress()
@@ -462,4 +462,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Args)))
+    run_and_exit(main, parse(Args))

@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +29,7 @@ from lm.files import write_json
 from lm.runlog import RunLog
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; the same command goes on from there
+T = TypeVar("T")
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "safetensors")
 
 
@@ -70,6 +73,25 @@ class Run:
         self.log.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def run_and_exit(main: Callable[[T], int], args: T) -> NoReturn:
+    """Run a trainer's `main` and end this process with its exit code.
+
+    One of several processes ends without Python's teardown: there torch's gradient reducer takes its process group down while
+    it holds the interpreter's lock, for which a thread of that group may be waiting (seen with gloo: one exit in twenty never
+    ended, torch 2.13). By then everything is written and synced.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(main(args))
+    try:
+        code = main(args)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:

@@ -46,6 +46,18 @@ def plan_batch(micro_batch: int, grad_accum: int | None, effective_batch: int | 
     return accum, effective_batch
 
 
+def settle(accelerator: Accelerator, model: torch.nn.Module, micro_batch: Any, loss_sum: LossSum) -> None:
+    """One backward pass whose gradient is thrown away, before the first step of a run or of its continuation.
+
+    DistributedDataParallel rearranges its gradient buckets after its first backward pass, and where a gradient lies in a
+    bucket decides in which order three or more processes add it. Without this pass the first step after a resume would add
+    in another order than the same step of an uninterrupted run, and the weights would differ in their last bits.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.backward(loss_sum(model, micro_batch)[0])
+        model.zero_grad()
+
+
 def train_step(
     accelerator: Accelerator,
     model: torch.nn.Module,

@@ -83,6 +83,17 @@ def arguments(papers_dir, **changes) -> train.Args:
     return train.Args(**TINY | {"data_dir": str(papers_dir), "output_dir": "nowhere"} | changes)
 
 
+def test_three_processes_add_gradients_in_the_same_order_after_a_resume(papers_dir, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"processes": 3, "micro_batch": 2, "token_budget": 24 * 12 * 15}
+    assert run(whole, papers_dir, **settings) == 0, output(whole)
+    process = start(killed, papers_dir, **settings)
+    wait_for_step(killed, 8, process)
+    kill(process)
+    assert run(killed, papers_dir, **settings) == 0, output(killed)
+    assert outcome(killed) == outcome(whole)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_it_had_not_been(
     processes, uninterrupted, uninterrupted_on_two, papers_dir, tmp_path
@@ -246,7 +257,7 @@ def poisoned(model, windows):
     loss, finite = clean(model, windows)
     return (loss * float(sys.argv[1]), finite) if os.environ["RANK"] == "1" and count == 13 else (loss, finite)
 train.window_loss = poisoned
-sys.exit(train.main(parse(train.Args, sys.argv[2:])))
+run_and_exit(train.main, parse(train.Args, sys.argv[2:]))
 """
 
 

@@ -1,0 +1,67 @@
+"""The shell scripts, run as they are."""
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+from training import ROOT, TINY, events, flags, wait_for_step
+
+PLAN = flags(**{name: value for name, value in TINY.items() if name != "K"} | {"token_budget": 24 * 12 * 600})
+
+
+@pytest.fixture
+def plan(papers_dir, tmp_path):
+    """Start the plan of K = 1 and 2, two runs at once; its output goes to a file."""
+    environment = os.environ | {"KS": "1 2", "SEEDS": "0", "WORKERS": "2", "RUNS_DIR": str(tmp_path / "runs"), "GPUS": ""}
+    command = ["bash", str(ROOT / "scripts" / "run_multi_gpu_training_plan.sh"), *PLAN, f"--data_dir={papers_dir}"]
+
+    def start(*more):
+        with open(tmp_path / "out", "a") as out:
+            return subprocess.Popen([*command, *more], env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    return start
+
+
+def test_a_plan_that_is_stopped_goes_on_where_it_was(plan, tmp_path):
+    runs = [tmp_path / "runs" / f"K{K}_seed0" for K in (1, 2)]
+    first = plan()
+    for run in runs:
+        wait_for_step(run, 20, first, tmp_path / "out")
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 75, (tmp_path / "out").read_text()
+    assert [events(run)[-1]["event"] for run in runs] == ["stopped", "stopped"]
+    assert plan().wait(timeout=120) == 0, (tmp_path / "out").read_text()
+    assert [[event["event"] for event in events(run)] for run in runs] == [["started", "stopped", "resumed", "finished"]] * 2
+    report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
+    assert set(report["K"]) == {"1", "2"}
+    assert "area" in report["K"]["2"]
+    assert (tmp_path / "out").read_text().splitlines()[-1].startswith("Finding: mixing K = 2 categories")
+
+
+def test_a_plan_names_the_runs_that_failed_and_finishes_the_others(plan, tmp_path):
+    assert plan("--sequence_length=5000").wait(timeout=60) == 1
+    said = (tmp_path / "out").read_text()
+    assert "exit code 1: K1_seed0, see " in said
+    assert "failed: K1_seed0 K2_seed0" in said or "failed: K2_seed0 K1_seed0" in said
+    assert "has 5001 tokens" in (tmp_path / "runs" / "K1_seed0.log").read_text()
+
+
+def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, tmp_path):
+    environment = os.environ | {"OUT": str(tmp_path), "SAMPLES": str(samples), "TOKEN_BUDGET": str(1600 * 12)}
+
+    def quickstart():
+        command = ["bash", str(ROOT / "scripts" / "quickstart.sh")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    first = quickstart()
+    assert first.splitlines()[-1].startswith("Finding: mixing K = 4 categories costs")
+    for name in ("context_loss.png", "excess.png", "loss_against_k.png", "report.json", "report.md"):
+        assert (tmp_path / "runs" / "report" / name).stat().st_size > 500
+    again = quickstart()
+    assert again.count("was finished before") == 5
+    assert again.count("has just this already") == 5
+    assert again.splitlines()[-1] == first.splitlines()[-1]
