@@ -99,10 +99,11 @@ class RandomWindowDataset(torch.utils.data.Dataset):
         self.vocab_size = papers.meta["vocab_size"] if vocab_size is None else vocab_size
         self.eligible = in_split[wanted & long_enough]  # indices into `papers`
         self.num_too_short = int(np.sum(wanted & ~long_enough))
-        if not len(self.eligible):
+        there = {papers.category_names[code] for code in np.unique(papers.categories[self.eligible])}
+        if missing := [name for name in names if name not in there]:
             raise ValueError(
-                f"no paper of {', '.join(names)} in split {split!r} has {sequence_length + 1} tokens"
-                f" ({self.num_too_short} are shorter): lower --sequence_length, or choose other categories"
+                f"no paper of {', '.join(missing)} in split {split!r} has {sequence_length + 1} tokens"
+                f" ({self.num_too_short} papers are shorter): lower --sequence_length, or choose other categories"
             )
         self.epoch = 0
         weights = self._paper_weights(category_weighting)

@@ -9,7 +9,8 @@ Row j of step s is example s * effective_batch + j of the run's windows, so any 
 effective batch trains on the same windows, and a stopped run goes on exactly where it was: run the same command again.
 
 Reads   DATA_DIR (fetch_arxiv.py)
-Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, best/, final/}
+Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, best/, final/}, and
+        problematic_batch.pt where a loss or gradient was not finite
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
 
@@ -99,7 +100,7 @@ class Args(RunArgs):
     adam_eps: float = 1e-6
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
-    """L2 norm to which a longer gradient is scaled down."""
+    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
 
     steps_per_eval_epoch: int = 100
     """Optimizer steps between evaluations."""
@@ -127,13 +128,13 @@ class Args(RunArgs):
         for name in at_least_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("lr", "adam_eps", "max_grad_norm", "epochs"):
+        for name in ("lr", "adam_eps", "epochs"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: more than 0 is needed")
         for name in ("adam_beta1", "adam_beta2", "min_lr_ratio", "reduce_lr_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"--{name} {getattr(self, name)}: a number in [0, 1] is needed")
-        for name in ("warmup_steps", "weight_decay", "reduce_lr_patience", "num_workers"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "reduce_lr_patience", "num_workers"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} {getattr(self, name)}: 0 or more is needed")
         if self.categories and len(set(self.categories)) != self.K:
@@ -204,7 +205,7 @@ def identity(args: Args, plan: Plan, papers: Papers) -> dict[str, Any]:
     """What makes two runs the same run; a checkpoint only continues a run with the same."""
     files = {name: papers.meta["files"][name]["sha256"] for name in ("tokens.bin", "index.jsonl", "splits.json")}
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
-    if args.lr_schedule != "constant":
+    if args.lr_schedule != "constant" or args.reduce_lr_factor != 1.0 or args.early_stopping_patience is not None:
         settings["total_steps"] = plan.total_steps
     return settings | {"categories": plan.train.categories, "effective_batch": plan.effective_batch, "data": files}
 
@@ -274,13 +275,15 @@ class Trainer:
         self.run.log.event(
             "resumed" if path else "started", step=self.progress.step, num_processes=self.accelerator.num_processes
         )
-        if path is None:
+        if path is None or path.resolve().parent != self.checkpoints.folder.resolve():
             self.save()
 
     def restore(self, path: Path) -> None:
         """Make everything what it was when this checkpoint was saved."""
         state = load_checkpoint(path, self.bare, self.optimizer)
         self.progress = Progress(state["step"], state["data_offset"], state["val_losses"])
+        if self.accelerator.is_main_process:
+            self.checkpoints.leave_after(self.progress.step)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
 
@@ -334,7 +337,7 @@ class Trainer:
         def attempt() -> StepResult:
             torch.manual_seed(draws.torch_seed(args.seed, data_step, accelerator.process_index))  # for dropout
             return train_step(
-                accelerator, self.model, self.optimizer, micro_batches, window_loss, weight, lr, args.max_grad_norm
+                accelerator, self.model, self.optimizer, micro_batches, window_loss, weight, lr, args.max_grad_norm or math.inf
             )
 
         def source() -> list[list[tuple[str, int]]]:
@@ -388,6 +391,7 @@ class Trainer:
         """Write the final model."""
         run, final = self.run, self.run.folder / "final"
         if self.accelerator.is_main_process:
+            self.checkpoints.wait()
             if final.exists() and read_json(final / "about.json", "train.py") == self.about():
                 run.log.say(f"{run.folder} was finished before")
             else:
@@ -404,7 +408,8 @@ def results_folder(args: Args) -> S3Folder:
 def result_files(folder: Path) -> list[str]:
     """Names of a finished run's files, without checkpoints and what belongs to this machine."""
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [str(name) for name in names if name.parts[0] not in ("checkpoints", "wandb", ".lock")]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]  # locks, unfinished files
+    return [str(name) for name in names if name.parts[0] not in ("checkpoints", "wandb")]
 
 
 def validation_loss(args: Args, plan: Plan, run: Run, model: PreTrainedModel) -> float:
@@ -447,15 +452,14 @@ def main(args: Args) -> int:
         "vocab_size": papers.meta["vocab_size"],
         "num_parameters": num_parameters(model),
     }
-    run = open_run(args, derived, accelerator)
-    run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
-
-    trainer = Trainer(args, plan, papers, run, model, tokenizer)
-    trainer.resume()
-    code = trainer.train()
-    if code == 0:
-        trainer.finish()
-    run.close()
+    with open_run(args, derived, accelerator) as run:
+        run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
+        trainer = Trainer(args, plan, papers, run, model, tokenizer)
+        trainer.resume()
+        code = trainer.train()
+        if code == 0:
+            trainer.finish()
+        run.close()
     if code == 0 and args.upload_results_to_s3 and accelerator.is_main_process:
         results_folder(args).upload(run.folder, result_files(run.folder))
     return code

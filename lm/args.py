@@ -1,6 +1,7 @@
 """Command lines: a frozen dataclass is the arguments, their help and their defaults. Light to import: no torch here."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
 import tyro
@@ -40,6 +41,11 @@ class RunArgs:
         found = []
         if self.checkpoint_interval_steps < 1:
             found.append(f"--checkpoint_interval_steps {self.checkpoint_interval_steps}: at least 1 step is needed")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"--seed {self.seed}: a number from 0 to 2**63 - 1 is needed")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"--{name} {value}: a finite number is needed")
         if self.max_step_checkpoints < 1:
             found.append(f"--max_step_checkpoints {self.max_step_checkpoints}: at least 1 is needed, or nothing could resume")
         return found

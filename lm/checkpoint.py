@@ -10,6 +10,7 @@ Nothing is pickled. Only the main process writes; every process reads.
 """
 
 import shutil
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,11 +32,11 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future | None = None
+        self._pending: deque[Future] = deque()
 
     def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Copy everything now, write it in the background. Waits only if the write before is not done yet."""
-        self.wait()
+        """Copy everything now, write it in the background. Waits only if two writes are not done yet."""
+        self._wait_for_all_but(1)
         weights, moments = snapshot(model), _moments(model, optimizer)
 
         def write(folder: Path) -> None:
@@ -45,17 +46,18 @@ class Checkpoints:
 
         def job() -> None:
             path = self.folder / f"step_{step:08d}"
-            _set_aside(path)
+            if path.exists() and damage(path):
+                _set_aside(path, "damaged")  # for whoever wants to know what happened; a good one is replaced in one piece
             _write_folder(path, write)
             if fault := damage(path):
                 raise OSError(f"{path} reads back damaged ({fault})")
             self._prune()
 
-        self._pending = self._writer.submit(job)
+        self._pending.append(self._writer.submit(job))
 
     def save_model(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict) -> None:
         """Write model and tokenizer alone, in the background, as a folder that transformers loads; replaces `path`."""
-        self.wait()
+        self._wait_for_all_but(1)
         weights = snapshot(model)
 
         def write(folder: Path) -> None:
@@ -63,18 +65,20 @@ class Checkpoints:
             tokenizer.save_pretrained(folder)
             write_json(folder / "about.json", about)
 
-        self._pending = self._writer.submit(_write_folder, path, write)
+        self._pending.append(self._writer.submit(_write_folder, path, write))
 
     def wait(self) -> None:
         """Return once nothing is being written.
 
-        Raises: RuntimeError if the last write failed; what was there before is untouched.
+        Raises: RuntimeError if a write failed; what was there before is untouched.
         """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        self._wait_for_all_but(0)
+
+    def _wait_for_all_but(self, number: int) -> None:
+        while len(self._pending) > number:
             try:
-                pending.result()
-            except OSError as error:
+                self._pending.popleft().result()
+            except (OSError, safetensors.SafetensorError) as error:
                 raise RuntimeError(
                     f"could not write to {self.folder.parent} ({error}): make room or mend the disk, then run the same"
                     " command again; it goes on from the newest good checkpoint"
@@ -82,7 +86,7 @@ class Checkpoints:
 
     def failed(self) -> bool:
         """Whether a background write has failed since; `wait` then raises."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        return any(write.done() and write.exception() is not None for write in self._pending)
 
     def paths(self) -> list[Path]:
         """Every checkpoint under its final name, oldest first, good or not."""
@@ -96,6 +100,13 @@ class Checkpoints:
                 return path
             print(f"warning: {path} is damaged ({fault}): passing over it", flush=True)
         return None
+
+    def leave_after(self, step: int) -> None:
+        """Set aside every checkpoint newer than `step`: the run goes on from there, and must not return to them."""
+        self.wait()
+        for path in self.paths():
+            if int(path.name[5:]) > step:
+                _set_aside(path, "damaged" if damage(path) else "left")
 
     def _prune(self) -> None:
         """Remove all but the newest `keep`; the newest was read back whole a moment ago, so a good one always stays."""
@@ -123,13 +134,12 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
         write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
 
 
-def _set_aside(path: Path) -> None:
-    """Keep a damaged checkpoint for whoever wants to know what happened; a good one is replaced in one piece."""
-    if path.exists() and damage(path) is not None:
-        number = 1
-        while (aside := path.with_name(f"{path.name}.damaged_{number}")).exists():
-            number += 1
-        path.rename(aside)
+def _set_aside(path: Path, why: str) -> None:
+    """Rename a checkpoint so that it is no longer taken for one, and nothing is lost."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{why}_{number}")).exists():
+        number += 1
+    path.rename(aside)
 
 
 def damage(path: Path) -> str | None:
@@ -146,7 +156,7 @@ def damage(path: Path) -> str | None:
                 return f"{name} has {size} bytes, {expected['size']} were written"
             if sha256(file) != expected["sha256"]:
                 return f"{name} has changed: its SHA-256 is not the one written"
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return str(error)
     except (KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is not one ({error!r})"

@@ -68,14 +68,15 @@ def build_model(
     Raises: FileNotFoundError if there is no such architecture; ValueError if it is made for shorter contexts.
     """
     config = _config(name)
-    if config.max_position_embeddings < min_positions:
+    positions = getattr(config, "max_position_embeddings", None)  # some, like BLOOM, have no limit
+    if positions is not None and positions < min_positions:
         raise ValueError(
-            f"--model {name} has {config.max_position_embeddings} positions, {min_positions} are needed:"
+            f"--model {name} has {positions} positions, {min_positions} are needed:"
             " lower --sequence_length, or choose another model"
         )
     config.vocab_size = vocab_size
-    for name, value in (token_ids or {}).items():
-        setattr(config, name, value)
+    for key, value in (token_ids or {}).items():
+        setattr(config, key, value)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

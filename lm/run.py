@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,9 +50,8 @@ class StopSignal:
 
 def leave_signals_to_the_trainer(_worker: int) -> None:
     """For DataLoader workers: they end when the trainer ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class Run:
     accelerator: Accelerator
     log: RunLog
     stop: StopSignal
-    lock: Any  # the open lock file; the lock ends with the process, however it ends
 
     def agree(self, *flags: int) -> list[int]:
         """The maximum of each flag over all processes, so that all of them act alike."""
@@ -119,19 +118,24 @@ def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
     return accelerator
 
 
-def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> Run:
-    """Make or enter the run's folder, write down what this run is, and begin to listen to signals.
+@contextmanager
+def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> Iterator[Run]:
+    """Make or enter the run's folder, lock it, write down what this run is, and begin to listen to signals.
 
-    Raises: RuntimeError if another process is training in the folder.
+    Raises: RuntimeError if another process is training in the folder, or nothing can be written there.
     """
     folder, main = Path(args.output_dir), accelerator.is_main_process
     lock = None
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise RuntimeError(f"cannot write in {folder} ({error}): make room, or pass another --output_dir") from None
+        os.register_at_fork(after_in_child=lock.close)  # or a loader process would hold it after the trainer is dead
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RuntimeError(f"another process is training in {folder}: wait for it, or pass another --output_dir") from None
         _write_provenance(folder, args, derived, accelerator)
     if args.deterministic:
@@ -140,11 +144,15 @@ def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -
         torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time: nothing reads such memory
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
     torch.manual_seed(args.seed)
-    log = RunLog(folder, main, derived.get("total_steps"))
+    log = RunLog(folder, main, derived["total_steps"])
     if main and args.wandb_project:
         log.open_wandb(args.wandb_project, args.wandb_run_name or folder.name, asdict(args) | derived)
     accelerator.wait_for_everyone()
-    return Run(folder, accelerator, log, StopSignal(), lock)
+    try:
+        yield Run(folder, accelerator, log, StopSignal())
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _write_provenance(folder: Path, args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> None:

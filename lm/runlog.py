@@ -24,7 +24,7 @@ class RunLog:
     Events only ever grow. On a terminal there is a progress bar, else a line every few seconds.
     """
 
-    def __init__(self, folder: Path, main: bool, total_steps: int | None):
+    def __init__(self, folder: Path, main: bool, total_steps: int):
         self.folder, self.main, self.total_steps = folder, main, total_steps
         self._files: dict[str, Any] = {}
         self._wandb = None
@@ -52,6 +52,7 @@ class RunLog:
             self._files.clear()
             for path in sorted((self.folder / "logs").glob("*.jsonl")):
                 _keep_until(path, step)
+            _keep_whole_lines(self.folder / "events.jsonl")
             self._start_bar(step)
 
     def train(self, step: int, tokens: int, **values: Any) -> None:
@@ -109,12 +110,18 @@ class RunLog:
                 self._wandb.finish()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        if name not in self._files:
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-        self._files[name].write(json.dumps(record) + "\n")
-        self._files[name].flush()
+        path = self.folder / name
+        try:
+            if name not in self._files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot write {path} ({error}): make room or mend the disk, then run the same command again; it goes on from"
+                " the newest good checkpoint"
+            ) from error
 
     def _start_bar(self, step: int) -> None:
         if self._bar:
@@ -129,10 +136,11 @@ class RunLog:
             self._bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {rate:,} tokens/s", refresh=False)
         elif time.monotonic() - self._printed > SCREEN_EVERY_SEC or step == self.total_steps:
             self._printed = time.monotonic()
-            left = (self.total_steps - step) * record["tokens"] / step / rate if rate and self.total_steps else 0
+            left = (self.total_steps - step) * record["tokens"] / step / rate if rate else 0
+            pace = f"  {rate:,} tokens/s  {_duration(left)} left" if rate else ""  # the first line has none yet
             keys = ("loss", "lr", "grad_norm", "grad_norm_clipped", "param_norm")
             values = "  ".join(f"{key} {_brief(record[key])}" for key in keys if key in record)
-            print(f"step {step}/{self.total_steps}  {values}  {rate:,} tokens/s  {_duration(left)} left", flush=True)
+            print(f"step {step}/{self.total_steps}  {values}{pace}", flush=True)
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -150,6 +158,13 @@ def _keep_until(path: Path, step: int) -> None:
             kept.append(line)
     with whole_file(path) as partial:
         partial.write_bytes(b"".join(kept))
+
+
+def _keep_whole_lines(path: Path) -> None:
+    """Cut off half a line that a kill may have left at the end."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        with whole_file(path) as partial:
+            partial.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:

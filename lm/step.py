@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,11 +101,9 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     optimizer.zero_grad()
     losses, finite_logits = [], []
     for number, micro_batch in enumerate(micro_batches, 1):
-        loss, finite = loss_sum(model, micro_batch)
-        if number < len(micro_batches):
-            with accelerator.no_sync(model):
-                accelerator.backward(loss * scale)
-        else:
+        last = number == len(micro_batches)
+        with nullcontext() if last else accelerator.no_sync(model):  # the forward pass too: in it DDP decides whether to reduce
+            loss, finite = loss_sum(model, micro_batch)
             accelerator.backward(loss * scale)
         losses.append(loss.detach().double())
         finite_logits.append(finite)
@@ -113,12 +112,12 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     accelerator.unscale_gradients()
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     param_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
-    bad = (~(losses.isfinite() & finite_logits)).sum()
+    bad = (~(losses.isfinite() & finite_logits)).sum() + ~grad_norm.isfinite()  # reduced: all processes decide together
     sums = accelerator.reduce(torch.stack([losses.sum(), bad.double()]), "sum")
     loss, bad, norm, param_norm = torch.stack(
         [sums[0] / total_weight, sums[1], grad_norm.double(), param_norm.double()]
-    ).tolist()  # the one wait for the device in a step
-    applied = bad == 0 and norm < math.inf  # false for NaN too
+    ).tolist()  # the one wait for the device before the update
+    applied = bad == 0
     clipped = norm * min(1.0, max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ scales
     faults = () if applied else _faults(accelerator.unwrap_model(model), losses, finite_logits)
     if applied:  # clipped only now: by a norm that is NaN, every gradient would become NaN, and none could be named

@@ -88,6 +88,31 @@ def test_damaged_ones_are_passed_over_and_kept_for_inspection(tmp_path, trained,
     assert (tmp_path / "step_00000003.damaged_1" / "model.safetensors").read_bytes() == b""
 
 
+def test_a_good_one_stays_however_many_newer_are_damaged(tmp_path, trained):
+    checkpoints = saved(tmp_path, trained, [35, 40], keep=2)
+    (tmp_path / "step_00000040" / "state.json").write_bytes(b"")
+    assert checkpoints.newest_good().name == "step_00000035"
+    checkpoints.leave_after(35)  # as a trainer does that goes on from there
+    assert [path.name for path in checkpoints.paths()] == ["step_00000035"]
+    saved(tmp_path, trained, [37], keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000037", "step_00000040.damaged_1"]
+
+
+def test_loading_leaves_no_moment_of_before(tmp_path, trained):
+    model = build_model("neox-64x2", 50, 16)
+    (path,) = saved(tmp_path, (model, adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)), [0]).paths()
+    load_checkpoint(path, *trained)
+    assert not trained[1].state
+
+
+def test_a_write_that_reads_back_damaged_is_an_error(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr("lm.checkpoint.damage", lambda path: "a disk that forgets")
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, *trained, {})
+    with pytest.raises(RuntimeError, match="reads back damaged .a disk that forgets."):
+        checkpoints.wait()
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"format": "checkpoint-9", "files": {}}', b"null"])
 def test_a_manifest_that_is_none_is_damage(content, tmp_path, trained):
     (path,) = saved(tmp_path, trained, [1]).paths()
@@ -105,11 +130,10 @@ def test_a_failed_write_is_loud_and_leaves_the_last_good_one(tmp_path, trained):
     checkpoints = saved(tmp_path, trained, [1])
     (tmp_path / ".step_00000002.partial").write_text("a file where the folder must go")
     checkpoints.save(2, *trained, {})
-    while not checkpoints._pending.done():
+    while not checkpoints.failed():
         pass
-    assert checkpoints.failed()
     with pytest.raises(RuntimeError, match="could not write to .* goes on from the newest good checkpoint"):
-        checkpoints.save(3, *trained, {})
+        checkpoints.wait()
     assert checkpoints.newest_good().name == "step_00000001"
 
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from lm.files import read_json, read_jsonl, sha256, whole_file, whole_folder, write_json
@@ -31,6 +33,26 @@ def test_a_folder_survives_a_kill_between_the_two_renames(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "model"):
         raise KeyboardInterrupt
     assert (tmp_path / "model" / "file").read_text() == "old"
+
+
+def test_what_stands_there_survives_a_failed_rename(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "file").write_text("old")
+    rename = os.rename
+
+    def fails_the_second_time(source, target):
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails_the_second_time)
+    with pytest.raises(KeyboardInterrupt), whole_folder(path) as partial:
+        (partial / "file").write_text("new")
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt), whole_folder(path):
+        raise KeyboardInterrupt
+    assert (path / "file").read_text() == "old"
 
 
 def test_json_has_no_nan(tmp_path):

@@ -22,6 +22,15 @@ def test_pythia_presets_have_the_published_number_of_parameters(name, parameters
         assert num_parameters(build_model(name, 50_304, 2048)) == parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("pythia-1b", (2048, 16, 8)), ("pythia-70m", (512, 6, 8)), ("pythia-410m", (1024, 24, 16))]
+)
+def test_presets_have_the_published_number_of_heads(name, shape):
+    with torch.device("meta"):
+        config = build_model(name, 50_304, 2048).config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == shape
+
+
 def test_parameters_are_float32_whatever_the_config_says(tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     GPTNeoXConfig(**shape, vocab_size=50_304, dtype="float16").save_pretrained(tmp_path)

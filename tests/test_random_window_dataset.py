@@ -47,7 +47,9 @@ def test_window_never_crosses_a_paper(papers):
 
 
 def test_papers_shorter_than_a_window_are_left_out_and_counted(papers):
-    dataset = RandomWindowDataset(with_lengths(papers, [10, 101, 100, 500]), "train", sequence_length=100)
+    lengths = [10, 101, 100, 500]
+    two = changed(with_lengths(papers, lengths), categories=np.array([0, 0, 1, 1]), category_names=["a", "b"])
+    dataset = RandomWindowDataset(two, "train", sequence_length=100)
     assert dataset.eligible.tolist() == [1, 3]
     assert len(dataset) == 2
     assert dataset.num_too_short == 2
@@ -130,7 +132,10 @@ def test_all_faults_are_named_together(papers):
     with pytest.raises(ValueError, match=r"(?s)category 'x'.*split 'dev'.*sequence_length 0.*sampling 'shuffle'") as error:
         RandomWindowDataset(papers, "dev", sequence_length=0, target_categories=["x", "objects"], sampling="shuffle")
     assert len(str(error.value).splitlines()) == 4
-    with pytest.raises(ValueError, match=r"no paper of objects in split 'train' has 100001 tokens .12 are shorter."):
+    short = with_lengths(papers, [500, 50, 500, 500])  # one paper of each category
+    with pytest.raises(ValueError, match=r"no paper of objects in split 'train' has 101 tokens .1 papers are shorter."):
+        RandomWindowDataset(short, "train")
+    with pytest.raises(ValueError, match=r"no paper of objects in split 'train' has 100001 tokens .12 papers are shorter."):
         RandomWindowDataset(papers, "train", sequence_length=100_000, target_categories=["objects"])
 
 

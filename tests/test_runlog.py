@@ -49,6 +49,8 @@ def test_events_are_never_cut(tmp_path):
     log = RunLog(tmp_path, True, 10)
     log.event("started", step=0)
     log.event("rolled_back", step=9)
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "half a li')  # which a kill may leave
     log.cut_back(0)
     log.event("finished", step=10)
     found = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -68,7 +70,7 @@ def test_only_the_main_process_writes(tmp_path):
 def test_without_a_terminal_lines_tell_step_loss_rate_and_time_left(tmp_path, capsys):
     written(tmp_path, [1, 10])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 1/10  loss 1  lr 0.1")
+    assert lines[0] == "step 1/10  loss 1  lr 0.1", "no rate is known yet"
     assert lines[1].startswith("step 10/10  loss 0.1")
     assert "tokens/s  0:00:00 left" in lines[1]
     assert lines[2] == "step 10  val_loss 0.2"

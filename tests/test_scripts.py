@@ -8,7 +8,10 @@ import subprocess
 import pytest
 from training import ROOT, TINY, events, flags, wait_for_step
 
-PLAN = flags(**{name: value for name, value in TINY.items() if name != "K"} | {"token_budget": 24 * 12 * 600})
+PLAN = flags(
+    **{name: value for name, value in TINY.items() if name != "K"}
+    | {"token_budget": 24 * 12 * 400, "checkpoint_interval_steps": 100, "steps_per_eval_epoch": 100}
+)
 
 
 @pytest.fixture
@@ -19,17 +22,20 @@ def plan(papers_dir, tmp_path):
 
     def start(*more):
         with open(tmp_path / "out", "a") as out:
-            return subprocess.Popen([*command, *more], env=environment, stdout=out, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                [*command, *more], env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     return start
 
 
-def test_a_plan_that_is_stopped_goes_on_where_it_was(plan, tmp_path):
+@pytest.mark.parametrize(("name", "send"), [("SIGTERM", os.kill), ("SIGINT", os.killpg)])
+def test_a_plan_that_is_stopped_goes_on_where_it_was(name, send, plan, tmp_path):
     runs = [tmp_path / "runs" / f"K{K}_seed0" for K in (1, 2)]
     first = plan()
     for run in runs:
         wait_for_step(run, 20, first, tmp_path / "out")
-    first.send_signal(signal.SIGTERM)
+    send(first.pid, signal.Signals[name])  # to the script alone, as a scheduler may, or to all, as Ctrl-C does
     assert first.wait(timeout=60) == 75, (tmp_path / "out").read_text()
     assert [events(run)[-1]["event"] for run in runs] == ["stopped", "stopped"]
     assert plan().wait(timeout=120) == 0, (tmp_path / "out").read_text()

@@ -167,6 +167,14 @@ def test_a_nan_under_a_loss_scale_leaves_the_scale_as_it_was(monkeypatch):
     assert same(everything(kit), before)
 
 
+def test_every_parameter_group_gets_the_learning_rate_and_only_matrices_decay():
+    kit = ready()
+    step(kit, [batch(4)], lr=0.02)
+    groups = kit[2].param_groups
+    assert [group["lr"] for group in groups] == [0.02, 0.02]
+    assert {tuple(p.shape): group["weight_decay"] for group in groups for p in group["params"]} == {(1, 3): 0.01, (3,): 0.0}
+
+
 def test_plan_batch():
     assert plan_batch(16, None, 512, 8) == (4, 512)
     assert plan_batch(2, 2, None, 8) == (2, 32)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,32 @@ def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint_and_exit_code_75(na
     assert outcome(folder) == outcome(uninterrupted)
 
 
+def test_a_signal_to_trainer_and_loader_processes_alike_stops_with_a_checkpoint(uninterrupted, papers_dir, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, papers_dir, num_workers=1)
+    wait_for_step(folder, 13, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as scancel does
+    assert process.wait(timeout=30) == EXIT_STOPPED, output(folder)
+    assert run(folder, papers_dir, num_workers=1) == 0, output(folder)
+    assert outcome(folder) == outcome(uninterrupted)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(uninterrupted, papers_dir, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        folder = disk / "run"
+        assert run(folder, papers_dir) == 1
+        assert "make room or mend the disk, then run the same command again" in Path(f"{folder}.out").read_text()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert run(folder, papers_dir) == 0, output(folder)
+        assert outcome(folder) == outcome(uninterrupted)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_a_signal_to_one_process_of_two_stops_both(uninterrupted_on_two, papers_dir, tmp_path):
     folder = tmp_path / "run"
     launcher = start(folder, papers_dir, processes=2)
@@ -162,6 +189,84 @@ def test_a_finished_run_is_not_touched_when_it_is_run_again(uninterrupted, paper
     assert run(folder, papers_dir) == 0
     assert "finished before" in output(folder)
     assert outcome(folder) == before
+
+
+def test_an_older_checkpoint_is_gone_on_from_and_newer_ones_are_left(uninterrupted, papers_dir, tmp_path, in_process):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "final")
+    assert in_process(resume_from=folder / "checkpoints" / "step_00000030", max_eval_epochs=4) == 0  # to step 32
+    assert [record["step"] for record in records(folder, "train")] == list(range(1, 33))
+    assert (folder / "checkpoints" / "step_00000040.left_1").is_dir()
+    assert in_process() == 0
+    assert [event["step"] for event in events(folder) if event["event"] == "resumed"] == [30, 32]
+    assert outcome(folder) == outcome(uninterrupted)
+
+
+def test_a_run_that_begins_at_another_runs_checkpoint_goes_on_with_its_own(uninterrupted, tmp_path, in_process):
+    begin = uninterrupted / "checkpoints" / "step_00000030"
+    assert in_process(resume_from=begin, max_eval_epochs=4) == 0
+    assert in_process(resume_from=begin) == 0
+    assert [event["step"] for event in events(tmp_path / "run") if event["event"] == "resumed"] == [30, 32]
+    weights = [outcome(folder)["final/model.safetensors"] for folder in (tmp_path / "run", uninterrupted)]
+    assert weights[0] == weights[1]
+
+
+def test_a_longer_budget_continues_a_finished_run(uninterrupted, tmp_path, in_process):
+    in_process(token_budget=24 * 12 * 16)
+    assert in_process() == 0
+    assert outcome(tmp_path / "run") == outcome(uninterrupted)
+
+
+def test_a_checkpoint_that_was_asked_for_must_be_good_and_whole(uninterrupted, tmp_path, in_process):
+    damaged = shutil.copytree(uninterrupted / "checkpoints" / "step_00000030", tmp_path / "step_00000030")
+    (damaged / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="step_00000030 is damaged .model.safetensors has 0 bytes"):
+        in_process(resume_from=damaged)
+    with pytest.raises(ValueError, match="final is a model without the state of its training"):
+        in_process(resume_from=uninterrupted / "final")
+
+
+def test_a_final_model_without_checkpoints_is_not_replaced(uninterrupted, tmp_path, in_process):
+    shutil.copytree(uninterrupted / "final", tmp_path / "run" / "final")
+    with pytest.raises(FileNotFoundError, match="final is there but no checkpoint"):
+        in_process()
+
+
+def test_another_schedule_or_other_data_is_another_run(in_process, papers_dir, tmp_path):
+    in_process(token_budget=576, lr_schedule="cosine")
+    with pytest.raises(ValueError, match="total_steps: saved 2, now 3"):
+        in_process(token_budget=864, lr_schedule="cosine")
+    other = shutil.copytree(papers_dir, tmp_path / "data")
+    meta = json.loads((other / "meta.json").read_text())
+    meta["files"]["tokens.bin"]["sha256"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="data: saved"):
+        in_process(token_budget=576, lr_schedule="cosine", data_dir=other)
+    with pytest.raises(ValueError, match="tokens.bin has SHA-256"):
+        in_process(token_budget=576, lr_schedule="cosine", data_dir=other, verify_data=True)
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(in_process, papers_dir, tmp_path):
+    other = shutil.copytree(papers_dir, tmp_path / "data")
+    tokenizer = json.loads((other / "tokenizer" / "tokenizer.json").read_text())
+    merges = tokenizer["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    text = json.dumps(tokenizer, ensure_ascii=False, indent=2)
+    (other / "tokenizer" / "tokenizer.json").write_text(text)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["files"]["tokenizer/tokenizer.json"]["size"] = len(text.encode())
+    (other / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="tokenizer did not make .*tokens.bin"):
+        in_process(data_dir=other)
+
+
+def test_validation_windows_are_of_validation_papers(papers_dir):
+    papers = train.read_papers(papers_dir)
+    windows = train.make_plan(arguments(papers_dir), papers, 1).validation
+    of_validation = [papers.tokens[papers.offsets[i] :][: papers.lengths[i]] for i in papers.splits["validation"]]
+    text = b"|".join(paper.tobytes() for paper in of_validation)
+    assert all(window.tobytes() in text for window in windows)
 
 
 def test_another_run_in_the_same_folder_is_refused_naming_every_difference(in_process):
@@ -209,7 +314,7 @@ def test_a_transient_fault_changes_nothing(in_process, uninterrupted, tmp_path, 
 def test_a_lasting_fault_rolls_back_and_steps_over_the_data(in_process, tmp_path, papers_dir, monkeypatch):
     plan = train.make_plan(arguments(papers_dir), train.read_papers(papers_dir), 1)
     bad_row = torch.from_numpy(plan.train.windows(12 * 17 + 4, 1)[0])  # in step 18, data step 17
-    poison(monkeypatch, row=bad_row)
+    poison(monkeypatch, rows=[bad_row])
     assert in_process() == 0
     folder = tmp_path / "run"
     seen = events(folder)
@@ -227,21 +332,30 @@ def test_a_lasting_fault_rolls_back_and_steps_over_the_data(in_process, tmp_path
     assert len(batch["source"][0]) == 3
 
 
+def test_stretches_that_are_stepped_over_add_up(in_process, tmp_path, papers_dir, monkeypatch):
+    plan = train.make_plan(arguments(papers_dir), train.read_papers(papers_dir), 1)
+    poison(monkeypatch, rows=[torch.from_numpy(plan.train.windows(12 * data_step, 1)[0]) for data_step in (17, 28)])
+    assert in_process() == 0
+    left_out = [e["data_steps_left_out"] for e in events(tmp_path / "run") if e["event"] == "rolled_back"]
+    assert left_out == [[15, 17], [28, 28]]  # step 25 trains on data step 28
+    assert json.loads((tmp_path / "run/checkpoints/step_00000040/state.json").read_text())["data_offset"] == 4
+
+
 def test_a_fault_that_no_data_explains_ends_the_run_and_says_so(in_process, monkeypatch):
     poison(monkeypatch, calls=range(100, 10_000))
     with pytest.raises(RuntimeError, match="the data is not the cause"):
         in_process()
 
 
-def poison(monkeypatch, calls=(), row=None) -> None:
-    """Make the loss NaN at the given calls, or whenever the given window is in the micro-batch."""
+def poison(monkeypatch, calls=(), rows=()) -> None:
+    """Make the loss NaN at the given calls, or whenever one of the given windows is in the micro-batch."""
     clean, count = train.window_loss, 0
 
     def poisoned(model, windows):
         nonlocal count
         count += 1
         loss, finite = clean(model, windows)
-        hit = count - 1 in calls or (row is not None and bool((windows == row).all(dim=1).any()))
+        hit = count - 1 in calls or any(bool((windows == row).all(dim=1).any()) for row in rows)
         return (loss * float("nan"), finite) if hit else (loss, finite)
 
     monkeypatch.setattr(train, "window_loss", poisoned)
@@ -250,6 +364,7 @@ def poison(monkeypatch, calls=(), row=None) -> None:
 POISON_ONE_OF_TWO = """
 import os, sys, torch, train
 from lm.args import parse
+from lm.run import run_and_exit
 clean, count = train.window_loss, 0
 def poisoned(model, windows):
     global count
@@ -268,7 +383,7 @@ def test_a_fault_on_one_process_of_two_changes_nothing_on_either(uninterrupted_o
     assert process.wait(timeout=90) == 0, output(folder)
     assert outcome(folder) == outcome(uninterrupted_on_two)
     fault = next(event for event in events(folder) if event["event"] == "not_finite")
-    assert fault["faults"][0] == "loss of micro-batch 0 on process 1"
+    assert fault["faults"][0] == "loss of micro-batch 1 on process 1"
 
 
 def test_the_last_checkpoints_are_kept_and_the_rest_removed(uninterrupted):
@@ -281,6 +396,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best_model(in_process, tmp_pa
     losses = [record["val_loss"] for record in records(tmp_path / "run", "eval")]
     assert len(losses) < 40
     assert losses.index(min(losses)) == len(losses) - 3
+    assert (tmp_path / "run" / "checkpoints" / f"step_{len(losses):08d}").exists(), "a checkpoint where it ended"
     assert json.loads((tmp_path / "run" / "best" / "about.json").read_text())["val_loss"] == min(losses)
 
 
@@ -289,9 +405,10 @@ def test_the_plateau_lowers_the_learning_rate_and_a_resumed_run_agrees(in_proces
     in_process(**settings)
     rates = [record["lr"] for record in records(tmp_path / "run", "train")]
     assert min(rates[5:]) < 0.1
-    in_process("short", **settings, max_eval_epochs=9)
-    in_process("short", **settings)
-    assert outcome(tmp_path / "short") == outcome(tmp_path / "run")
+    begin = tmp_path / "run" / "checkpoints" / "step_00000030"
+    in_process("continued", **settings, resume_from=begin)
+    assert outcome(tmp_path / "continued")["final/model.safetensors"] == outcome(tmp_path / "run")["final/model.safetensors"]
+    assert records(tmp_path / "continued", "train") == records(tmp_path / "run", "train")[30:]
 
 
 def test_token_budget_wins_over_epochs(papers_dir):
@@ -333,6 +450,8 @@ def test_bf16_trains_with_float32_parameters(papers_dir, tmp_path):
         ({"K": 0}, "--K 0: at least 1 is needed"),
         ({"categories": "objects"}, "--categories objects with --K 2: name K different ones, or none"),
         ({"K": 1, "categories": "poetry"}, "category 'poetry' is not in .*: choose from expressions, objects"),
+        ({"lr": "inf"}, "--lr inf: a finite number is needed"),
+        ({"seed": -1}, "--seed -1: a number from 0 to"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"micro_batch": 5}, "--effective_batch 12 is not a multiple of micro_batch x processes = 5 x 1"),
         ({"sequence_length": 5000}, "has 5001 tokens"),
