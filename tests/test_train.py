@@ -491,13 +491,33 @@ def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(papers_dir
     assert "accelerate launch was asked for several processes and started one" in done.stderr
 
 
+def test_accelerate_launch_trains_as_torchrun_does(uninterrupted_on_two, papers_dir, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(ROOT / "train.py")]
+    options = flags(**TINY, data_dir=papers_dir, output_dir=tmp_path / "run", max_eval_epochs=1)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *options], check=True, timeout=120, env=environment, capture_output=True)
+    assert records(tmp_path / "run", "train") == records(uninterrupted_on_two, "train")[:8]
+
+
+def test_detect_anomaly_names_the_operation(in_process, monkeypatch):
+    poison(monkeypatch, calls={2})
+    try:
+        with pytest.raises(RuntimeError, match="MulBackward0.* returned nan values"):
+            in_process(detect_anomaly=True)
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+
+
 def test_weights_and_biases_gets_every_step(papers_dir, tmp_path):
     folder = tmp_path / "run"
     assert run(folder, papers_dir, wandb_project="tests", token_budget=288 * 10) == 0, output(folder)
     (journal,) = folder.glob("wandb/offline-run-*/*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(journal)]
     read = subprocess.run(inspect, capture_output=True, text=True, check=True)
-    assert read.stdout.count('"train/loss"') + read.stdout.count("train/loss") >= 10
+    rows = [json.loads(line).get("history", {}).get("item", {}) for line in read.stdout.splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses == [record["loss"] for record in records(folder, "train")]
 
 
 def test_results_are_uploaded_to_s3(in_process, s3, tmp_path):
