@@ -71,15 +71,14 @@ class Run:
         """Leave together: a launcher that sees one process end with a code terminates those that are still writing."""
         self.log.close()
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
 
 
 def run_and_exit(main: Callable[[T], int], args: T) -> NoReturn:
     """Run a trainer's `main` and end this process with its exit code.
 
-    One of several processes ends without Python's teardown: there torch's gradient reducer takes its process group down while
-    it holds the interpreter's lock, for which a thread of that group may be waiting (seen with gloo: one exit in twenty never
-    ended, torch 2.13). By then everything is written and synced.
+    One of several processes neither destroys its process group nor waits for Python's teardown: in both, the gradient reducer
+    of torch 2.13 takes the group down while it holds the interpreter's lock, for which a thread of that group may be waiting
+    (seen with gloo: one exit in ten never ended). By then everything is written and synced.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(main(args))

@@ -213,7 +213,7 @@ def test_changed_windows_are_not_taken_for_those_measured(run):
     [
         (("--checkpoint", "best"), r"no checkpoint best in .*run, it has final, step_00000040"),
         (("--categories", "cs.Z"), r"category 'cs.Z' is not in .*choose from cs.A, cs.B, cs.C"),
-        (("--categories", "all"), r"no paper of cs.C in split 'test' has 11 tokens \(2 are shorter\)"),
+        (("--categories", "all"), r"no paper of cs.C in split 'test' has 11 tokens \(2 papers are shorter\)"),
         (("--split", "train"), r"no paper of cs.A in split 'train' has 11 tokens"),
         (("--split", "dev"), r"split 'dev' is not in .*choose from train, validation, test"),
         (("--sequence_length", 17), r"final has 16 positions, --sequence_length is 17"),
