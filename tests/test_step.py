@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -165,6 +166,24 @@ def test_a_nan_under_a_loss_scale_leaves_the_scale_as_it_was(monkeypatch):
     assert not step(kit, [(x[0] * float("nan"), x[1])]).applied
     assert kit[0].scaler.get_scale() == 2.0**16
     assert same(everything(kit), before)
+
+
+def test_only_the_last_forward_pass_of_a_step_lets_processes_reduce(monkeypatch):
+    kit, held, seen = ready(), [], []
+
+    @contextmanager
+    def no_sync(model):
+        held.append(model)
+        yield
+        held.pop()
+
+    def noting(model, micro_batch):
+        seen.append(bool(held))
+        return loss_sum(model, micro_batch)
+
+    monkeypatch.setattr(kit[0], "no_sync", no_sync)
+    train_step(*kit, [batch(4), batch(4, 1), batch(4, 2)], noting, 12, 0.1, 1.0)
+    assert seen == [True, True, False]
 
 
 def test_every_parameter_group_gets_the_learning_rate_and_only_matrices_decay():
