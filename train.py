@@ -14,10 +14,9 @@ Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
 
+import functools
 import itertools
 import math
-import signal
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,22 +26,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm import draws
+import lm.session
 from lm.args import RunArgs, check, parse
-from lm.checkpoint import Checkpoints, load_checkpoint
-from lm.files import read_json
 from lm.loss import cross_entropy_sum
 from lm.measure import window_losses
 from lm.models import build_model, num_parameters
 from lm.optim import adamw
 from lm.papers import Papers, read_papers
-from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
 from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, run_and_exit, start_accelerator
 from lm.s3 import S3Folder
 from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
-from lm.step import StepResult, plan_batch, settle, train_step
+from lm.session import Session
+from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer
 from random_window_dataset import MicroBatches, RandomWindowDataset, choose_categories
 
@@ -157,11 +154,9 @@ class Plan:
 
 
 @dataclass
-class Progress:
-    """What the next step needs to know beside weights and moments; stored in state.json."""
+class Progress(lm.session.Progress):
+    """Of this trainer: its evaluations decide the learning rate and when to stop."""
 
-    step: int = 0  # finished optimizer steps
-    data_offset: int = 0  # step s trains on the rows of step s + data_offset: grows when a stretch is stepped over
     val_losses: list[float] = field(default_factory=list)
 
 
@@ -241,163 +236,62 @@ def as_it_is(batch: torch.Tensor) -> torch.Tensor:
     return batch
 
 
-class Trainer:
-    """One run in one process: what changes while it trains, and the loop that changes it."""
+def train(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Train until the plan is done (returns 0) or a signal asks to stop (returns EXIT_STOPPED)."""
+    run, accelerator = session.run, session.accelerator
+    weight = plan.tokens_per_step / accelerator.num_processes
+    loader = None
+    while not is_done(args, plan, session.progress):
+        step, data_step = session.progress.step, session.progress.data_step
+        if loader is None:
+            loader = load_from(data_step, plan, args, accelerator)
+        lr = args.lr * lr_factor(step, plan.total_steps, args.warmup_steps, args.lr_schedule, args.min_lr_ratio)
+        lr *= plateau_factor(session.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
+        micro_batches = [next(loader).to(accelerator.device, non_blocking=True) for _ in range(plan.grad_accum)]
+        source = functools.partial(sources, data_step, plan, args, accelerator)
+        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
+        if result is None:
+            loader = None  # the run went back to a checkpoint, and goes on with other data
+            continue
+        step += 1
+        norms = {"grad_norm": result.grad_norm, "grad_norm_clipped": result.grad_norm_clipped}
+        norms |= {"param_norm": result.param_norm}
+        run.log.train(step, step * plan.tokens_per_step, loss=result.loss, lr=lr, **norms)
+        if step % args.steps_per_eval_epoch == 0 or step == plan.total_steps:
+            evaluate(args, plan, session, tokenizer)
+        if session.end_step(is_done(args, plan, session.progress)):
+            return EXIT_STOPPED
+    return 0
 
-    def __init__(self, args: Args, plan: Plan, papers: Papers, run: Run, bare: PreTrainedModel, tokenizer):
-        optimizer = adamw(bare, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
-        self.args, self.plan, self.run, self.tokenizer = args, plan, run, tokenizer
-        self.accelerator = run.accelerator
-        self.bare = bare  # the model as transformers knows it; `model` may be wrapped for several processes
-        self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
-        settle(self.accelerator, self.model, torch.from_numpy(plan.validation[:1]).to(self.accelerator.device), window_loss)
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
-        self.identity = identity(args, plan, papers)
-        self.progress = Progress()
-        self.rollbacks: Counter[int] = Counter()
 
-    def is_done(self) -> bool:
-        """Whether all steps are made, or the validation loss has not fallen for long enough."""
-        patience, losses = self.args.early_stopping_patience, self.progress.val_losses
-        stale = patience is not None and evaluations_since_best(losses) >= patience
-        return stale or self.progress.step >= self.plan.total_steps
+def is_done(args: Args, plan: Plan, progress: Progress) -> bool:
+    """Whether all steps are made, or the validation loss has not fallen for long enough."""
+    patience, losses = args.early_stopping_patience, progress.val_losses
+    stale = patience is not None and evaluations_since_best(losses) >= patience
+    return stale or progress.step >= plan.total_steps
 
-    def resume(self) -> None:
-        """Go on from the checkpoint that the arguments name, or save the beginning as step 0.
 
-        That first checkpoint is what a fault early on rolls back to, and a disk that cannot hold one is found at once.
-        """
-        path = find_checkpoint(self.run, self.checkpoints, self.args.resume_from)
-        if path is not None:
-            refuse_another_run(path, read_json(path / "state.json", "train.py")["identity"], self.identity)
-            self.restore(path)
-        self.run.log.cut_back(self.progress.step)
-        self.run.log.event(
-            "resumed" if path else "started", step=self.progress.step, num_processes=self.accelerator.num_processes
-        )
-        if path is None or path.resolve().parent != self.checkpoints.folder.resolve():
-            self.save()
+def sources(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> list[list[tuple[str, int]]]:
+    """Paper id and first token of each window of this process, for each micro-batch of a step."""
+    sampler = micro_batch_sampler(data_step, plan, args, accelerator)
+    return [plan.train.sources(rows) for rows in itertools.islice(sampler, plan.grad_accum)]
 
-    def restore(self, path: Path) -> None:
-        """Make everything what it was when this checkpoint was saved."""
-        state = load_checkpoint(path, self.bare, self.optimizer)
-        self.progress = Progress(state["step"], state["data_offset"], state["val_losses"])
-        if self.accelerator.is_main_process:
-            self.checkpoints.leave_after(self.progress.step)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["loss_scale"])
 
-    def save(self) -> None:
-        """Checkpoint everything; the log up to here is made durable first."""
-        self.run.log.sync()
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}
-            self.checkpoints.save(self.progress.step, self.bare, self.optimizer, state)
+def evaluate(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Measure the validation loss, and keep the model if it is the best so far."""
+    progress = session.progress
+    loss = validation_loss(args, plan, session.run, session.bare)
+    best = loss < min(progress.val_losses, default=math.inf)
+    progress.val_losses.append(loss)
+    session.run.log.evaluation(progress.step, val_loss=loss, best_val_loss=min(progress.val_losses))
+    if best and session.accelerator.is_main_process:
+        session.checkpoints.save_model(session.run.folder / "best", session.bare, tokenizer, about(plan, progress))
 
-    def train(self) -> int:
-        """Train until the plan is done (returns 0) or a signal asks to stop (returns EXIT_STOPPED)."""
-        args, plan, run, accelerator = self.args, self.plan, self.run, self.accelerator
-        loader = None
-        while not self.is_done():
-            step, data_step = self.progress.step, self.progress.step + self.progress.data_offset
-            if loader is None:
-                loader = load_from(data_step, plan, args, accelerator)
-            lr = args.lr * lr_factor(step, plan.total_steps, args.warmup_steps, args.lr_schedule, args.min_lr_ratio)
-            lr *= plateau_factor(self.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
-            micro_batches = [next(loader).to(accelerator.device, non_blocking=True) for _ in range(plan.grad_accum)]
-            result = self.make_step(data_step, micro_batches, lr)
-            if result is None:
-                self.roll_back(data_step)
-                loader = None
-                continue
-            step = self.progress.step = step + 1
-            norms = {"grad_norm": result.grad_norm, "grad_norm_clipped": result.grad_norm_clipped}
-            norms |= {"param_norm": result.param_norm}
-            run.log.train(step, step * plan.tokens_per_step, loss=result.loss, lr=lr, **norms)
-            if step % args.steps_per_eval_epoch == 0 or step == plan.total_steps:
-                self.evaluate()
-            stop, write_failed = run.agree(run.stop.received, self.checkpoints.failed())
-            if write_failed:
-                self.checkpoints.wait()  # raises on the process that wrote
-                raise RuntimeError("the main process could not write a checkpoint: its message says why")
-            if stop or self.is_done() or step % args.checkpoint_interval_steps == 0:
-                self.save()
-            if stop and not self.is_done():
-                self.checkpoints.wait()
-                run.log.event("stopped", step=step, signal=signal.Signals(stop).name)
-                return EXIT_STOPPED
-        return 0
 
-    def make_step(self, data_step: int, micro_batches: list[torch.Tensor], lr: float) -> StepResult | None:
-        """One optimizer step, or None if it stayed non-finite; then nothing has changed."""
-        args, accelerator = self.args, self.accelerator
-        weight = self.plan.tokens_per_step / accelerator.num_processes
-
-        def attempt() -> StepResult:
-            torch.manual_seed(draws.torch_seed(args.seed, data_step, accelerator.process_index))  # for dropout
-            return train_step(
-                accelerator, self.model, self.optimizer, micro_batches, window_loss, weight, lr, args.max_grad_norm or math.inf
-            )
-
-        def source() -> list[list[tuple[str, int]]]:
-            sampler = micro_batch_sampler(data_step, self.plan, args, accelerator)
-            return [self.plan.train.sources(rows) for rows in itertools.islice(sampler, self.plan.grad_accum)]
-
-        where = {"step": self.progress.step + 1, "data_step": data_step}
-        return step_or_none(self.run, where, micro_batches, attempt, source)
-
-    def evaluate(self) -> None:
-        """Measure the validation loss, and keep the model if it is the best so far."""
-        progress = self.progress
-        loss = validation_loss(self.args, self.plan, self.run, self.bare)
-        best = loss < min(progress.val_losses, default=math.inf)
-        progress.val_losses.append(loss)
-        self.run.log.evaluation(progress.step, val_loss=loss, best_val_loss=min(progress.val_losses))
-        if best and self.accelerator.is_main_process:
-            self.checkpoints.save_model(self.run.folder / "best", self.bare, self.tokenizer, self.about())
-
-    def roll_back(self, data_step: int) -> None:
-        """Return to the newest good checkpoint, and step over the data from there up to and with `data_step`.
-
-        Raises: RuntimeError if that has been done from the same checkpoint three times.
-        """
-        self.checkpoints.wait()
-        path = find_checkpoint(self.run, self.checkpoints, "latest")
-        failed_at = self.progress.step + 1
-        self.restore(path)
-        step = self.progress.step
-        first = step + self.progress.data_offset
-        self.rollbacks[step] += 1
-        if self.rollbacks[step] > MAX_ROLLBACKS:
-            raise RuntimeError(
-                f"{MAX_ROLLBACKS} stretches of data after {path.name} all made the loss or gradient non-finite: the data is not"
-                f" the cause; lower --lr, or look at {self.run.folder}/problematic_batch.pt and events.jsonl"
-            )
-        self.progress.data_offset = data_step + 1 - step
-        self.run.log.cut_back(step)
-        self.run.log.event("rolled_back", from_step=failed_at, to_step=step, data_steps_left_out=[first, data_step])
-
-    def about(self) -> dict[str, Any]:
-        """What the folder of a model says of it."""
-        val_losses = self.progress.val_losses
-        return {
-            "step": self.progress.step,
-            "tokens": self.progress.step * self.plan.tokens_per_step,
-            "val_loss": val_losses[-1] if val_losses else None,
-        }
-
-    def finish(self) -> None:
-        """Write the final model."""
-        run, final = self.run, self.run.folder / "final"
-        if self.accelerator.is_main_process:
-            self.checkpoints.wait()
-            if final.exists() and read_json(final / "about.json", "train.py") == self.about():
-                run.log.say(f"{run.folder} was finished before")
-            else:
-                self.checkpoints.save_model(final, self.bare, self.tokenizer, self.about())
-                self.checkpoints.wait()
-                run.log.event("finished", **self.about())
+def about(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """What the folder of a model says of it."""
+    val_loss = progress.val_losses[-1] if progress.val_losses else None
+    return {"step": progress.step, "tokens": progress.step * plan.tokens_per_step, "val_loss": val_loss}
 
 
 def results_folder(args: Args) -> S3Folder:
@@ -454,11 +348,13 @@ def main(args: Args) -> int:
     }
     with open_run(args, derived, accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
-        trainer = Trainer(args, plan, papers, run, model, tokenizer)
-        trainer.resume()
-        code = trainer.train()
+        optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
+        sample = torch.from_numpy(plan.validation[:1])
+        session = Session(args, run, model, optimizer, window_loss, sample, Progress(), identity(args, plan, papers))
+        session.resume()
+        code = train(args, plan, session, tokenizer)
         if code == 0:
-            trainer.finish()
+            session.finish(tokenizer, about(plan, session.progress))
         run.close()
     if code == 0 and args.upload_results_to_s3 and accelerator.is_main_process:
         results_folder(args).upload(run.folder, result_files(run.folder))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 
 from lm.checkpoint import Checkpoints, damage
 from lm.files import whole_file
@@ -69,7 +69,7 @@ def refuse_another_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -
 def step_or_none(
     run: Run,
     where: dict[str, int],
-    micro_batches: Sequence[torch.Tensor],
+    micro_batches: Sequence[Any],
     attempt: Callable[[], StepResult],
     source: Callable[[], Any],
 ) -> StepResult | None:
@@ -90,7 +90,12 @@ def step_or_none(
         process = run.accelerator.process_index
         faults = gather_object([f"{name} on process {process}" for name in result.faults])
         faults.sort(key=lambda name: name.startswith("gradient"))  # which every process sees: first, where it came from
-        batch = {"micro_batches": [b.cpu() for b in micro_batches], "faults": list(result.faults), "source": source(), **where}
+        batch = {
+            "micro_batches": send_to_device(list(micro_batches), "cpu"),
+            "faults": list(result.faults),
+            "source": source(),
+            **where,
+        }
         with whole_file(run.folder / f"problematic_batch{f'_{process}' if process else ''}.pt") as partial:
             torch.save(batch, partial)
         run.log.event(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-LossSum = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
+LossSum = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class StepResult:
     grad_norm_clipped: float  # and after
     param_norm: float  # L2 norm of all parameters before the update
     faults: tuple[str, ...]  # this process's tensors that were not finite, by name
+    outcomes: tuple[torch.Tensor, ...]  # what `loss_sum` gave beyond the loss, one for each micro-batch of this process
 
 
 def plan_batch(micro_batch: int, grad_accum: int | None, effective_batch: int | None, num_processes: int) -> tuple[int, int]:
@@ -73,7 +74,8 @@ def train_step(
 
     Args:
         micro_batches: this process's part of the step; as many on every process.
-        loss_sum: (model, micro_batch) -> its summed loss in nats, and whether all its logits are finite (a bool scalar).
+        loss_sum: (model, micro_batch) -> its summed loss in nats, whether all its logits are finite (a bool scalar), and, if it
+            likes, one more tensor that the caller wants to have (`StepResult.outcomes`).
         weight: what this process's losses weigh together: its number of targets, for a plain language model.
         max_grad_norm: the gradient is scaled down to this L2 norm if it is longer; infinity turns that off.
 
@@ -99,14 +101,15 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     total_weight = accelerator.reduce(torch.tensor(weight, dtype=torch.float64, device=device), "sum")
     scale = (accelerator.num_processes / total_weight).float()  # DDP averages over processes; the objective is a sum
     optimizer.zero_grad()
-    losses, finite_logits = [], []
+    losses, finite_logits, outcomes = [], [], []
     for number, micro_batch in enumerate(micro_batches, 1):
         last = number == len(micro_batches)
         with nullcontext() if last else accelerator.no_sync(model):  # the forward pass too: in it DDP decides whether to reduce
-            loss, finite = loss_sum(model, micro_batch)
+            loss, finite, *outcome = loss_sum(model, micro_batch)
             accelerator.backward(loss * scale)
         losses.append(loss.detach().double())
         finite_logits.append(finite)
+        outcomes += outcome
     losses, finite_logits = torch.stack(losses), torch.stack(finite_logits)
 
     accelerator.unscale_gradients()
@@ -126,7 +129,7 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     elif accelerator.scaler is not None:
         accelerator.scaler.update()  # lowers the scale after an overflow
     optimizer.zero_grad()
-    return StepResult(applied, loss, norm, clipped, param_norm, faults)
+    return StepResult(applied, loss, norm, clipped, param_norm, faults, tuple(outcomes))
 
 
 def _faults(model, losses, finite_logits) -> tuple[str, ...]:

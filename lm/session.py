@@ -1,0 +1,171 @@
+"""What every trainer has between its steps: model, optimizer, progress and checkpoints, and how a run goes on after a stop."""
+
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from transformers import PreTrainedModel
+
+from lm import draws
+from lm.args import RunArgs
+from lm.checkpoint import Checkpoints, load_checkpoint
+from lm.files import read_json
+from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
+from lm.run import Run
+from lm.step import LossSum, StepResult, settle, train_step
+
+
+@dataclass
+class Progress:
+    """What the next step needs to know beside weights and moments; stored in state.json. Trainers add their own fields."""
+
+    step: int = 0  # finished optimizer steps
+    data_offset: int = 0  # step s trains on the rows of step s + data_offset: grows when a stretch is stepped over
+
+    @property
+    def data_step(self) -> int:
+        """The step whose rows the next step trains on."""
+        return self.step + self.data_offset
+
+
+class Session:
+    """One run in one process.
+
+    Args:
+        bare: the model as transformers knows it; `self.model` may be wrapped for several processes.
+        loss_sum, sample: what a step minimises, and any micro-batch of it (see `lm.step.settle`).
+        progress: that of a run that has not begun.
+        identity: what makes two runs the same run; a checkpoint only continues a run with the same.
+    """
+
+    def __init__(
+        self,
+        args: RunArgs,
+        run: Run,
+        bare: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        loss_sum: LossSum,
+        sample: Any,
+        progress: Progress,
+        identity: dict[str, Any],
+    ):
+        self.args, self.run, self.accelerator, self.bare, self.loss_sum = args, run, run.accelerator, bare, loss_sum
+        self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
+        settle(self.accelerator, self.model, send_to_device(sample, self.accelerator.device), loss_sum)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
+        self.progress, self.identity = progress, identity
+        self.rollbacks: Counter[int] = Counter()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that the arguments name, or save the beginning as step 0.
+
+        That first checkpoint is what a fault early on rolls back to, and a disk that cannot hold one is found at once.
+        """
+        path = find_checkpoint(self.run, self.checkpoints, self.args.resume_from)
+        if path is not None:
+            refuse_another_run(path, read_json(path / "state.json", "the training script")["identity"], self.identity)
+            self._restore(path)
+        self.run.log.cut_back(self.progress.step)
+        self.run.log.event(
+            "resumed" if path else "started", step=self.progress.step, num_processes=self.accelerator.num_processes
+        )
+        if path is None or path.resolve().parent != self.checkpoints.folder.resolve():
+            self._save()
+
+    def make_step(
+        self,
+        micro_batches: Sequence[Any],
+        weight: float,
+        lr: float,
+        max_grad_norm: float,
+        source: Callable[[], Any],
+    ) -> StepResult | None:
+        """One optimizer step, or None if it stayed non-finite and the run went back to its last checkpoint (`lm.recovery`).
+
+        Args:
+            weight: what this process's losses weigh together.
+            max_grad_norm: 0 clips nothing.
+            source: says where the rows came from, for the saved batch.
+        """
+        progress, accelerator = self.progress, self.accelerator
+
+        def attempt() -> StepResult:  # the seed is for dropout
+            torch.manual_seed(draws.torch_seed(self.args.seed, progress.data_step, accelerator.process_index))
+            clip = max_grad_norm or math.inf
+            return train_step(accelerator, self.model, self.optimizer, micro_batches, self.loss_sum, weight, lr, clip)
+
+        where = {"step": progress.step + 1, "data_step": progress.data_step}
+        result = step_or_none(self.run, where, micro_batches, attempt, source)
+        if result is None:
+            self._roll_back()
+        else:
+            progress.step += 1
+        return result
+
+    def end_step(self, done: bool) -> bool:
+        """Save if it is time to, and say whether a signal asks to stop before the run is done."""
+        stop, write_failed = self.run.agree(self.run.stop.received, self.checkpoints.failed())
+        if write_failed:
+            self.checkpoints.wait()  # raises on the process that wrote
+            raise RuntimeError("the main process could not write a checkpoint: its message says why")
+        if stop or done or self.progress.step % self.args.checkpoint_interval_steps == 0:
+            self._save()
+        if stop and not done:
+            self.checkpoints.wait()
+            self.run.log.event("stopped", step=self.progress.step, signal=signal.Signals(stop).name)
+        return bool(stop) and not done
+
+    def finish(self, tokenizer, about: dict[str, Any]) -> None:
+        """Write the final model, with what its folder says of it."""
+        final = self.run.folder / "final"
+        if self.accelerator.is_main_process:
+            self.checkpoints.wait()
+            if final.exists() and read_json(final / "about.json", "the training script") == about:
+                self.run.log.say(f"{self.run.folder} was finished before")
+            else:
+                self.checkpoints.save_model(final, self.bare, tokenizer, about)
+                self.checkpoints.wait()
+                self.run.log.event("finished", **about)
+
+    def _restore(self, path: Path) -> None:
+        """Make everything what it was when this checkpoint was saved."""
+        state = load_checkpoint(path, self.bare, self.optimizer)
+        self.progress = type(self.progress)(**{field.name: state[field.name] for field in fields(self.progress)})
+        if self.accelerator.is_main_process:
+            self.checkpoints.leave_after(self.progress.step)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+
+    def _save(self) -> None:
+        """Checkpoint everything; the log up to here is made durable first."""
+        self.run.log.sync()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}
+            self.checkpoints.save(self.progress.step, self.bare, self.optimizer, state)
+
+    def _roll_back(self) -> None:
+        """Return to the newest good checkpoint, and step over the data from there up to and with the step that failed.
+
+        Raises: RuntimeError if that has been done from the same checkpoint three times.
+        """
+        self.checkpoints.wait()
+        path = find_checkpoint(self.run, self.checkpoints, "latest")
+        failed_at, bad = self.progress.step + 1, self.progress.data_step
+        self._restore(path)
+        step, first = self.progress.step, self.progress.data_step
+        self.rollbacks[step] += 1
+        if self.rollbacks[step] > MAX_ROLLBACKS:
+            raise RuntimeError(
+                f"{MAX_ROLLBACKS} stretches of data after {path.name} all made the loss or gradient non-finite: the data is not"
+                f" the cause; lower --lr, or look at {self.run.folder}/problematic_batch.pt and events.jsonl"
+            )
+        self.progress.data_offset = bad + 1 - step
+        self.run.log.cut_back(step)
+        self.run.log.event("rolled_back", from_step=failed_at, to_step=step, data_steps_left_out=[first, bad])
