@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # transformers draws one for every model that it reads or writes, over ours
@@ -53,6 +53,11 @@ def _config(name: str):
         ) from None
 
 
+def is_rotary(config: PreTrainedConfig) -> bool:
+    """Whether positions are rotations of one frequency table (Su et al., arXiv 2104.09864), without scaling to a length."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default"
+
+
 def build_model(
     name: str, vocab_size: int, min_positions: int, token_ids: dict[str, int | None] | None = None
 ) -> PreTrainedModel:
@@ -63,13 +68,16 @@ def build_model(
 
     Args:
         name: a preset, a folder with a config.json, or a hub name (only its config is used).
-        min_positions: tokens in the longest context that it will see.
+        min_positions: tokens in the longest context that it will see. Plain rotary positions are computed, not looked up, so
+            that a model that is yet to be trained takes any number; where there is a table it must be long enough.
         token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer in use, for the saved config.
     Raises: FileNotFoundError if there is no such architecture; ValueError if it is made for shorter contexts.
     """
     config = _config(name)
     positions = getattr(config, "max_position_embeddings", None)  # some, like BLOOM, have no limit
-    if positions is not None and positions < min_positions:
+    if positions is not None and positions < min_positions and is_rotary(config):
+        config.max_position_embeddings = min_positions
+    elif positions is not None and positions < min_positions:
         raise ValueError(
             f"--model {name} has {positions} positions, {min_positions} are needed:"
             " lower --sequence_length, or choose another model"

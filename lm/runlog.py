@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lm.files import read_jsonl, whole_file
 
-CLOCK_FIELDS = ("timestamp", "tokens_per_sec")  # the only fields in which a repeated run may differ
+CLOCK_FIELDS = ("timestamp", "tokens_per_sec", "wait_sec")  # the only fields in which a repeated run may differ
 SCREEN_EVERY_SEC = 5.0
 
 
@@ -30,7 +30,7 @@ class RunLog:
         self._wandb = None
         self._bar: tqdm | None = None
         self._printed = 0.0
-        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=20)  # time, tokens, step
 
     def open_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
         """Also log to Weights & Biases, under an id that is the same whenever this run goes on."""
@@ -44,7 +44,10 @@ class RunLog:
         self._wandb = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config)
 
     def cut_back(self, step: int) -> None:
-        """Drop every train and eval record after `step`, and half a line that a kill may have left."""
+        """Drop every train and eval record after `step`, and half a line that a kill may have left.
+
+        At step 0 none is kept: a run that evaluates before its first step does so again.
+        """
         self._recent.clear()
         if self.main:
             for file in self._files.values():
@@ -58,8 +61,8 @@ class RunLog:
     def train(self, step: int, tokens: int, **values: Any) -> None:
         """Record one optimizer step; `tokens` counts all targets trained on so far."""
         if self.main:
-            self._recent.append((time.monotonic(), tokens))
-            (then, before), (now, after) = self._recent[0], self._recent[-1]
+            self._recent.append((time.monotonic(), tokens, step))
+            (then, before, _), (now, after, _) = self._recent[0], self._recent[-1]
             rate = round((after - before) / (now - then)) if now > then else 0
             record = {"step": step, **values, "tokens": tokens, "timestamp": time.time(), "tokens_per_sec": rate}
             self._append("logs/train.jsonl", record)
@@ -136,9 +139,10 @@ class RunLog:
             self._bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {rate:,} tokens/s", refresh=False)
         elif time.monotonic() - self._printed > SCREEN_EVERY_SEC or step == self.total_steps:
             self._printed = time.monotonic()
-            left = (self.total_steps - step) * record["tokens"] / step / rate if rate else 0
+            (then, _, first), (now, _, last) = self._recent[0], self._recent[-1]
+            left = (self.total_steps - step) * (now - then) / (last - first) if last > first else 0
             pace = f"  {rate:,} tokens/s  {_duration(left)} left" if rate else ""  # the first line has none yet
-            keys = ("loss", "lr", "grad_norm", "grad_norm_clipped", "param_norm")
+            keys = ("loss", "stage", "curr_acc", "lr", "grad_norm", "grad_norm_clipped", "param_norm")
             values = "  ".join(f"{key} {_brief(record[key])}" for key in keys if key in record)
             print(f"step {step}/{self.total_steps}  {values}{pace}", flush=True)
 
@@ -154,7 +158,7 @@ def _keep_until(path: Path, step: int) -> None:
             if number == len(lines):  # a kill in the middle of a line
                 break
             raise ValueError(f"{path} line {number} is no record ({line!r:.80}): mend or remove that line") from None
-        if record_step <= step:
+        if 0 < step >= record_step:
             kept.append(line)
     with whole_file(path) as partial:
         partial.write_bytes(b"".join(kept))

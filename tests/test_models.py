@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
 from lm.models import PRESETS, build_model, load_model, num_parameters
 
@@ -62,11 +62,26 @@ def test_no_logit_depends_on_a_later_token(name):
     assert not torch.equal(before[:, 20], after[:, 20])
 
 
+def test_rotary_positions_reach_as_far_as_they_must():
+    short, long = (build_model("neox-64x2", 300, positions) for positions in (2048, 4096))
+    assert (short.config.max_position_embeddings, long.config.max_position_embeddings) == (2048, 4096)
+    long.load_state_dict(short.state_dict())
+    ids = torch.randint(300, (1, 3000))
+    with torch.no_grad():
+        logits = long.eval()(ids).logits
+        # position 2,999 is a position like any other: the same tokens, shifted by 1,000, look the same to each other
+        shifted = long(ids[:, 1000:], position_ids=torch.arange(1000, 3000)[None]).logits
+        plain = long(ids[:, 1000:]).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(shifted, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_what_cannot_be_built_or_loaded_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--model nobody/nothing is no preset .neox-64x2, .*and not on the hub"):
         build_model("nobody/nothing", 300, 100)
-    with pytest.raises(ValueError, match="--model pythia-70m has 2048 positions, 4096 are needed"):
-        build_model("pythia-70m", 300, 4096)
+    GPT2Config(n_positions=64, n_layer=1).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="--model .*gpt2 has 64 positions, 4096 are needed"):
+        build_model(str(tmp_path / "gpt2"), 300, 4096)
     with pytest.raises(FileNotFoundError, match="no model at nobody/nothing"):
         load_model("nobody/nothing")
     model = build_model("neox-64x2", 300, 100)

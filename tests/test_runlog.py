@@ -34,6 +34,13 @@ def test_records_after_the_checkpoint_and_half_a_line_are_cut_off(tmp_path):
     assert [record["step"] for record in records(tmp_path, "eval")] == [2, 4]
 
 
+def test_a_run_that_begins_anew_keeps_no_record(tmp_path):
+    log = RunLog(written(tmp_path, range(1, 4)), True, 10)
+    log.evaluation(0, val_loss=9.0)
+    log.cut_back(0)
+    assert records(tmp_path, "train") == records(tmp_path, "eval") == []
+
+
 def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(tmp_path):
     written(tmp_path, range(1, 4))
     path = tmp_path / "logs" / "train.jsonl"
