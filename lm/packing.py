@@ -18,9 +18,10 @@ MOST_ROW_COUNTS = 16  # tried for one micro-batch
 
 
 def pack(examples: Sequence[np.ndarray], answer_tokens: Sequence[int], loss: Loss, reach: float | None) -> Batch:
-    """One micro-batch: n examples (each 1-D: prompt, then `answer_tokens` ids of the answer with its EOS) in R rows of W targets.
+    """One micro-batch: n examples in R rows of W targets.
 
     Args:
+        examples: 1-D ids of each, the prompt and then `answer_tokens` ids of the answer, its EOS included.
         loss: "weighted": an answer's targets weigh 1 + (targets of the example) / (answer tokens), all others 1, so that the
             answer is half of each example's weight. "answer_only": answer tokens weigh 1, all others 0.
         reach: tokens of context at which attention costs as much as all else (`attention_reach`); None puts every example in a

@@ -33,13 +33,21 @@ def flags(**values) -> list[str]:
     return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in values.items()]
 
 
-def start(folder: Path, data: Path, processes: int = 1, script: Path = ROOT / "train.py", **changes) -> subprocess.Popen:
-    """Start train.py on one or more processes, in a process group of its own; its output goes to FOLDER.out."""
+def start(
+    folder: Path,
+    data: Path,
+    processes: int = 1,
+    script: Path = ROOT / "train.py",
+    settings: dict = TINY,
+    paths: tuple[Path, ...] = (ROOT,),
+    **changes,
+) -> subprocess.Popen:
+    """Start a trainer on one or more processes, in a process group of its own; its output goes to FOLDER.out."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    options = flags(**TINY | changes, data_dir=data, output_dir=folder)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = flags(**settings | changes, data_dir=data, output_dir=folder)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     with open(f"{folder}.out", "a") as out:
         return subprocess.Popen(
             [*launcher, str(script), *options],
@@ -92,7 +100,7 @@ def outcome(folder: Path) -> dict:
     files = [newest / "model.safetensors", newest / "optimizer.safetensors", newest / "state.json"]
     files += [folder / "final" / "model.safetensors", folder / "best" / "model.safetensors"]
     return {
-        **{f"{file.parent.name}/{file.name}": sha256(file) for file in files},
+        **{f"{file.parent.name}/{file.name}": sha256(file) for file in files if file.parent.name != "best" or file.exists()},
         "train": records(folder, "train"),
         "eval": records(folder, "eval"),
     }

@@ -1,0 +1,402 @@
+"""Pre-pretrain a causal language model on a curriculum of graph search, before it sees any text.
+
+    python build_data_splits.py --scratch_dir S --max_input_size 384 --max_lookahead 64        # first, once
+    accelerate launch --num_processes 8 pptrain.py --scratch_dir S \
+        --data_dir S/data/nl_splits/mis384_look64_seed12345 --max_steps 100000
+
+Stage s trains on graphs whose answer is up to s - 1 steps ahead. Once the last --curr_window training examples are answered
+right often enough, the next stage begins; the run ends after the last. Row j of step s is example s * effective_batch + j of
+the stage, drawn from (seed, stage, index) alone, so any number of processes trains on the same examples and advances at the
+same steps, and a stopped run goes on exactly where it was: run the same command again.
+
+Reads   DATA_DIR (build_data_splits.py): what is never trained on, and the held-out examples
+Writes  SCRATCH_DIR/pptrain/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, final/}, and
+        problematic_batch.pt where a loss or gradient was not finite
+Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
+"""
+
+import copy
+import functools
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
+
+import lm.session
+from lm import draws
+from lm.args import RunArgs, check, parse
+from lm.graph_search import Task
+from lm.heldout import HeldOut, encode_rows, teacher_forced
+from lm.loss import packed_loss
+from lm.models import build_model, num_parameters
+from lm.optim import adamw
+from lm.packing import Batch, Loss, attention_reach, pack, sees_only_itself
+from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, run_and_exit, start_accelerator
+from lm.schedule import lr_factor
+from lm.session import Session
+from lm.splits import Splits, read_splits
+from lm.step import plan_batch
+from lm.tokenizer import fingerprint, load_tokenizer
+from random_window_dataset import MicroBatches
+from synthetic import SyntheticExamples, check_tokenizer, share_too_long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """One run of the curriculum."""
+
+    scratch_dir: str
+    """Folder that all of this line of work lives under."""
+    output_dir: str = ""
+    """Folder of the run; SCRATCH_DIR/pptrain by default."""
+    data_dir: str
+    """Folder that build_data_splits.py wrote."""
+    max_steps: int
+    """Optimizer steps at most; the run ends earlier when the last stage is passed."""
+
+    model: str = "pythia-160m"
+    """Architecture: a preset of lm/models.py, a folder with config.json, or a hub name. Weights are random."""
+    tokenizer: str = "EleutherAI/pythia-160m"
+    """A folder with tokenizer.json, or a hub name; fetch_samples.py writes the same one to samples/tokenizer_neox."""
+    generator: str | None = None
+    """module:Class with the interface of NaturalLanguageGraphGenerator, instead of the built-in generator."""
+    max_input_size: int | None = None
+    """Size of the task, in symbols; that of --data_dir, which it must equal."""
+    max_lookahead: int | None = None
+    """Number of stages; that of --data_dir, which it must equal."""
+    seq_len: int = 2048
+    """Tokens in the longest example that trains; longer ones are left out and counted, never cut."""
+    max_left_out: float = 0.05
+    """Share of the last stage's examples that may be longer than --seq_len; more, and the run does not begin."""
+
+    loss: Loss = "weighted"
+    """weighted: all tokens, the answer half of each example's weight; answer_only: the answer's tokens and EOS alone."""
+    micro_batch: int = 2
+    """Examples in one forward pass of one process; they are packed, so a pass costs its tokens and no padding."""
+    grad_accum: int | None = None
+    """Forward passes in one optimizer step; 2, or what follows from --effective_batch."""
+    effective_batch: int | None = None
+    """Examples in one optimizer step over all processes."""
+    lr: float = 5e-4
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 1000
+    """Optimizer steps of linear warm-up; constant from there."""
+    weight_decay: float = 0.1
+    """Of AdamW, on matrices only."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-6
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
+
+    start_stage: int = 1
+    """First stage; with the last one, there is no curriculum."""
+    stage_step: int = 1
+    """Stages to go up at once."""
+    curr_window: int = 200
+    """Latest training examples whose share of right answers is looked at; it begins anew with each stage."""
+    curr_check_every: int = 200
+    """Optimizer steps between looks."""
+    curr_threshold: float = 0.98
+    """Share of right answers, over a full window, that ends a stage."""
+    eval_subset_size: int = 500
+    """Held-out examples, the same at every evaluation."""
+    log_every: int = 10
+    """Optimizer steps between records."""
+    checkpoint_interval_steps: int = 200
+    """Optimizer steps between checkpoints: at most so many are repeated after a kill."""
+    num_workers: int = 1
+    """Processes beside each trainer that make the next examples; 0 makes them in the trainer, which then waits."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults()
+        at_least_1 = ("max_steps", "seq_len", "micro_batch", "grad_accum", "effective_batch", "start_stage", "stage_step")
+        at_least_1 += ("curr_window", "curr_check_every", "eval_subset_size", "log_every")
+        for name in at_least_1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                found.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
+        for name in ("lr", "adam_eps"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name} {getattr(self, name)}: more than 0 is needed")
+        for name in ("adam_beta1", "adam_beta2", "curr_threshold", "max_left_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"--{name} {getattr(self, name)}: a number in [0, 1] is needed (98 percent is 0.98)")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} {getattr(self, name)}: 0 or more is needed")
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the arguments, the data, the model and the number of processes."""
+
+    task: Task
+    examples: SyntheticExamples  # of any stage
+    held_out: HeldOut
+    grad_accum: int
+    effective_batch: int  # examples in a step
+    reach: float | None  # how to pack (lm/packing.py)
+
+
+@dataclass
+class Progress(lm.session.Progress):
+    """Of this trainer: where the curriculum is, and what has been counted."""
+
+    stage: int = 1
+    recent: list[bool] = field(default_factory=list)  # whether the latest examples of this stage were answered right
+    tokens: int = 0  # targets trained on
+    too_long: int = 0  # examples left out because they are longer than seq_len
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers among the latest examples."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+
+# What may change between a run and its continuation: nothing here enters a number (the split of a batch does only as float
+# order).
+FREE = {"output_dir", "scratch_dir", "data_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "max_steps"}
+FREE |= {"checkpoint_interval_steps", "max_step_checkpoints", "wandb_project", "wandb_run_name", "num_workers", "tokenizer"}
+FREE |= {"micro_batch", "grad_accum", "effective_batch", "max_input_size", "max_lookahead", "max_left_out"}
+
+
+def identity(args: Args, plan: Plan, splits: Splits, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What makes two runs the same run; a checkpoint only continues a run with the same."""
+    settings = {name: value for name, value in asdict(args).items() if name not in FREE}
+    files = {name: about["sha256"] for name, about in splits.meta["files"].items()}
+    settings |= {"effective_batch": plan.effective_batch, "task": asdict(plan.task), "data": files}
+    return settings | {"tokenizer": fingerprint(tokenizer), "generator": splits.meta["generator"]}
+
+
+class MicroBatchMaker(Dataset):
+    """Packed micro-batches of one stage, as a dataset for loader processes."""
+
+    def __init__(self, args: Args, plan: Plan, stage: int):
+        self.args, self.plan = args, plan
+        self.examples = at_stage(plan.examples, stage)
+
+    def __getitems__(self, rows: range) -> Batch:
+        made = self.examples.examples(rows.start, len(rows))
+        batch = pack(made.ids, made.answer_tokens, self.args.loss, self.plan.reach)
+        return batch | {"num_too_long": torch.tensor(made.num_too_long)}
+
+
+def at_stage(examples: SyntheticExamples, stage: int) -> SyntheticExamples:
+    """The same examples of another stage; what loaders of the old stage hold is not touched."""
+    examples = copy.copy(examples)
+    examples.stage = stage
+    return examples
+
+
+def load_from(data_step: int, stage: int, plan: Plan, args: Args, accelerator: Accelerator) -> Iterator[Batch]:
+    """This process's micro-batches of one stage, from data step `data_step` on, without end."""
+    return iter(
+        DataLoader(
+            MicroBatchMaker(args, plan, stage),
+            batch_sampler=micro_batch_sampler(data_step, plan, args, accelerator),
+            collate_fn=as_it_is,
+            num_workers=args.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_trainer,
+        )
+    )
+
+
+def micro_batch_sampler(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> MicroBatches:
+    """The rows of this process's micro-batches, from data step `data_step` on."""
+    return MicroBatches(data_step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """A micro-batch comes out of the dataset packed already."""
+    return batch
+
+
+def train(args: Args, plan: Plan, session: Session) -> int:
+    """Train until the last stage is passed or the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED)."""
+    run, accelerator = session.run, session.accelerator
+    loader, waited = None, 0.0
+    while not is_done(args, plan, session.progress):
+        step, data_step = session.progress.step, session.progress.data_step
+        if step == 0:
+            evaluate(args, plan, session)
+        if loader is None:  # also after a stage: what was prefetched for the old one never trains
+            loader = load_from(data_step, session.progress.stage, plan, args, accelerator)
+        lr = args.lr * lr_factor(step, args.max_steps, args.warmup_steps, "constant")
+        before = time.perf_counter()
+        micro_batches = [next(loader) for _ in range(plan.grad_accum)]
+        waited += time.perf_counter() - before
+        weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
+        counts = [sum(int(batch[name].sum()) for batch in micro_batches) for name in ("lengths", "num_too_long")]
+        micro_batches = send_to_device(micro_batches, accelerator.device, non_blocking=True)
+        source = functools.partial(sources, data_step, session.progress.stage, plan, args, accelerator)
+        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
+        if result is None:
+            loader = None  # the run went back to a checkpoint, and goes on with other data
+            continue
+        account(session.progress, args, result.outcomes, counts, accelerator)
+        progress, step = session.progress, step + 1
+        passed = step % args.curr_check_every == 0 and stage_is_passed(progress, args)
+        if step % args.log_every == 0 or passed or step == args.max_steps:
+            values = {"curr_acc": progress.accuracy, "stage": progress.stage, "alpha": progress.stage / plan.task.max_lookahead}
+            values |= {"grad_norm": result.grad_norm, "too_long": progress.too_long, "wait_sec": round(waited, 4)}
+            run.log.train(step, progress.tokens, loss=result.loss, lr=lr, **values)
+            waited = 0.0
+        if passed:
+            evaluate(args, plan, session)
+            progress.stage, progress.recent = progress.stage + args.stage_step, []
+            loader = None
+        if session.end_step(is_done(args, plan, progress)):
+            return EXIT_STOPPED
+    return 0
+
+
+def is_done(args: Args, plan: Plan, progress: Progress) -> bool:
+    """Whether the last stage is passed, or all steps are made."""
+    return progress.stage > plan.task.max_lookahead or progress.step >= args.max_steps
+
+
+def stage_is_passed(progress: Progress, args: Args) -> bool:
+    """Whether a full window of examples of this stage was answered right often enough."""
+    return len(progress.recent) == args.curr_window and progress.accuracy >= args.curr_threshold
+
+
+def account(progress: Progress, args: Args, correct: tuple[torch.Tensor, ...], counts: list[int], accelerator: Accelerator):
+    """Add what all processes saw in one step: right and wrong answers in the order of the rows, targets, examples left out."""
+    own = torch.cat([torch.stack(correct).long().flatten(), torch.tensor(counts, device=accelerator.device)])
+    everyone = accelerator.gather(own[None]).cpu().numpy()
+    flags = everyone[:, : -len(counts)].reshape(accelerator.num_processes, len(correct), -1)
+    # micro-batch m of process p holds the rows after those of process p - 1: see MicroBatches
+    progress.recent = (progress.recent + flags.transpose(1, 0, 2).astype(bool).flatten().tolist())[-args.curr_window :]
+    progress.tokens += int(everyone[:, -2].sum())
+    progress.too_long += int(everyone[:, -1].sum())
+
+
+def sources(data_step: int, stage: int, plan: Plan, args: Args, accelerator: Accelerator) -> list[list[dict]]:
+    """The examples of this process as text, for each micro-batch of a step."""
+    sampler, examples = micro_batch_sampler(data_step, plan, args, accelerator), at_stage(plan.examples, stage)
+    return [examples.texts(rows.start, len(rows)) for rows in itertools.islice(sampler, plan.grad_accum)]
+
+
+def evaluate(args: Args, plan: Plan, session: Session) -> None:
+    """Measure accuracy and loss on the held-out examples, which are of full difficulty whatever the stage."""
+    stage = session.progress.stage
+    accuracy, loss = teacher_forced(session.bare, plan.held_out, session.accelerator, args.precision, plan.reach)
+    values = {"heldout_acc": accuracy, "heldout_loss": loss, "num_examples": plan.held_out.num_rows}
+    session.run.log.evaluation(session.progress.step, stage=stage, alpha=stage / plan.task.max_lookahead, **values)
+
+
+def about(progress: Progress) -> dict[str, Any]:
+    """What the folder of a model says of it."""
+    return {"step": progress.step, "tokens": progress.tokens, "stage": progress.stage, "too_long": progress.too_long}
+
+
+def choose_held_out(rows: list[dict], args: Args, tokenizer: PreTrainedTokenizerFast) -> HeldOut:
+    """A fixed random subset of the held-out examples."""
+    chosen = np.sort(draws.permutation(args.seed, "held_out", len(rows))[: args.eval_subset_size])
+    return encode_rows([rows[number] for number in chosen], tokenizer, args.seq_len)
+
+
+def check_fit(args: Args, task: Task, share: float, longest: int) -> None:
+    """Raise ValueError, all faults together, unless the stages exist and their examples fit into --seq_len."""
+    faults = []
+    if args.start_stage > task.max_lookahead:
+        faults.append(f"--start_stage {args.start_stage}: {args.data_dir} has stages 1 to {task.max_lookahead}")
+    if share > args.max_left_out:
+        faults.append(
+            f"--seq_len {args.seq_len} is too short for {share:.1%} of the last stage's examples (the longest of 1,000 has"
+            f" {longest} tokens), --max_left_out {args.max_left_out} is allowed: pass a longer --seq_len, or allow more"
+        )
+    check(faults)
+
+
+def say_what_to_know(run: Run, args: Args, plan: Plan, share: float) -> None:
+    """What surprises those who do not know it."""
+    task = plan.task
+    if task.reachable_lookahead < task.max_lookahead:
+        run.log.say(
+            f"--max_lookahead {task.max_lookahead} names the stages: at --max_input_size {task.max_input_size} the longest"
+            f" lookahead is {task.reachable_lookahead}, and stage s asks for up to s - 1"
+        )
+    if share:
+        run.log.say(f"{share:.1%} of the last stage's examples are longer than --seq_len {args.seq_len} and will be left out")
+    if plan.reach is None:
+        run.log.say(f"--model {args.model} lets packed examples see each other: every example gets a row of its own, padded")
+
+
+def main(args: Args) -> int:
+    """Train one run and return its exit code."""
+    args = replace(args, output_dir=args.output_dir or str(Path(args.scratch_dir) / "pptrain"))
+    check(args.faults())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked after its first use
+    accelerator = start_accelerator(args.precision, args.force_cpu)
+    splits = read_splits(args.data_dir, args.max_input_size, args.max_lookahead, args.generator)
+    task = splits.task
+    tokenizer = load_tokenizer(args.tokenizer)
+    check_tokenizer(tokenizer)
+    examples = SyntheticExamples(
+        task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=tokenizer, seq_len=args.seq_len
+    )
+    share, longest = share_too_long(task, task.max_lookahead, tokenizer, args.seq_len, generator=args.generator)
+    check_fit(args, task, share, longest)
+    grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum
+    grad_accum, effective = plan_batch(args.micro_batch, grad_accum, args.effective_batch, accelerator.num_processes)
+
+    torch.manual_seed(args.seed)
+    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = build_model(args.model, len(tokenizer), args.seq_len, token_ids)
+    reach = attention_reach(model) if sees_only_itself(model) else None
+    held_out = choose_held_out(splits.rows("eval"), args, tokenizer)
+    plan = Plan(task, examples, held_out, grad_accum, effective, reach)
+
+    derived = {
+        "max_input_size": task.max_input_size,
+        "stages": task.max_lookahead,
+        "reachable_lookahead": task.reachable_lookahead,
+        "effective_batch": effective,
+        "grad_accum": grad_accum,
+        "total_steps": args.max_steps,
+        "share_too_long": share,
+        "longest_example": longest,
+        "held_out_examples": held_out.num_rows,
+        "held_out_too_long": held_out.num_too_long,
+        "packed": reach is not None,
+        "positions": getattr(model.config, "max_position_embeddings", None),
+        "vocab_size": len(tokenizer),
+        "num_parameters": num_parameters(model),
+    }
+    with open_run(args, derived, accelerator) as run:
+        run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
+        say_what_to_know(run, args, plan, share)
+        optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
+        sample = MicroBatchMaker(args, plan, args.start_stage).__getitems__(range(args.micro_batch))
+        start = Progress(stage=args.start_stage)
+        session = Session(args, run, model, optimizer, packed_loss, sample, start, identity(args, plan, splits, tokenizer))
+        session.resume()
+        code = train(args, plan, session)
+        if code == 0:
+            session.finish(tokenizer, about(session.progress))
+            run.log.say(f"{session.progress.too_long} examples were left out because they are longer than --seq_len")
+        run.close()
+    return code
+
+
+if __name__ == "__main__":
+    run_and_exit(main, parse(Args))
