@@ -1,14 +1,19 @@
 """Answer an experiment from the folders of its runs: tables, figures, and what was found in one sentence.
 
     python report.py ergodic runs          # how loss falls with context when K categories are mixed (train.py --K)
+    python report.py curriculum S/pptrain  # what each stage of pre-pretraining took, also while the run goes on (pptrain.py)
 
 `ergodic` compares every mixture with the K = 1 runs on its categories, window by window (lm/excess.py says what can be
 expected of the difference).
 
-Reads   RUN/run.json, RUN/evaluation/CHECKPOINT_SPLIT.json and .npz of every run below the folder (evaluate_model.py)
+Reads   RUN/run.json, RUN/evaluation/CHECKPOINT_SPLIT.json and .npz of every run below the folder (evaluate_model.py context)
+        RUN/{run.json, events.jsonl, logs/{train,eval}.jsonl, evaluation/*_search_*.json} of every run named (`curriculum`)
 Writes  report/{context_loss,excess,loss_against_k}.png, report.json and report.md in the folder
+        report/{curriculum.png, curriculum.json, curriculum.jsonl} in the run's folder, a line of the latter for each stage
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,12 @@ from typing import Any
 import numpy as np
 import tyro
 
+from lm.commands import run_command
+from lm.curriculum import Course, read_course, rows_for_screen, search_lines, stages_passed, where_line, whereabouts
 from lm.files import whole_file, write_json
 from lm.measure import bin_centres, context_bins
 from lm.mixtures import Result, analyse, by_K, find_results
-from lm.plots import Curve, Points, context_loss_figure, excess_figure, loss_against_k_figure
+from lm.plots import Curve, Points, Trail, context_loss_figure, curriculum_figure, excess_figure, loss_against_k_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,16 @@ class Ergodic:
     """Which evaluations to take: final, best, step_00000200."""
     split: str = "test"
     """Papers that were measured on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """What each stage of pre-pretraining took, and where the run is."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of pptrain.py, finished or not."""
+    output_dir: Path | None = None
+    """Where results go; default RUN/report, needed for several runs."""
 
 
 def draw(folder: Path, summary: dict[int, dict[str, Any]], num_positions: int) -> list[Path]:
@@ -87,7 +104,12 @@ def table(summary: dict[int, dict[str, Any]]) -> str:
     for K, row in summary.items():
         cells = [_text(*row[key]) if key in row else "-" for key in COLUMNS]
         rows.append([str(K), str(row["num_runs"]), *cells, f"{np.log(K):.3f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
@@ -169,13 +191,50 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def curriculum(args: Curriculum) -> None:
+    """Read, draw, write, and say where each run is."""
+    if len(args.runs) != 1 and (not args.runs or args.output_dir is None):
+        needed = "--output_dir is needed: pass it" if args.runs else "a folder of pptrain.py is needed: pass one or more"
+        raise ValueError(f"{len(args.runs)} runs, {needed}")
+    courses = [read_course(folder) for folder in args.runs]
+    folder = args.output_dir or args.runs[0] / "report"
+    stages = [{"run": str(course.folder), **row} for course in courses for row in stages_passed(course)]
+    curriculum_figure(folder / "curriculum.png", [trail(course) for course in courses])
+    with whole_file(folder / "curriculum.jsonl") as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in stages), encoding="utf-8")
+    about = [{"run": str(course.folder), **whereabouts(course), "searches": course.searches} for course in courses]
+    write_json(folder / "curriculum.json", {"runs": about, "stages": stages})
+    for course in courses:
+        print("\n".join([str(course.folder), markdown(rows_for_screen(course)), *search_lines(course), ""]))
+    print(f"figure: {folder / 'curriculum.png'}, results: {folder / 'curriculum.json'}, {folder / 'curriculum.jsonl'}")
+    print("\n".join(where_line(course) for course in courses))
+
+
+def trail(course: Course) -> Trail:
+    """What the figure shows of a run."""
+
+    def values(records: list[dict[str, Any]], key: str) -> np.ndarray:
+        return np.array([record[key] for record in records], dtype=float)  # null becomes NaN
+
+    args, now, passed = course.run["args"], whereabouts(course), course.passed
+    begun = [args["start_stage"], *(record["stage"] + args["stage_step"] for record in passed)]
+    return Trail(
+        label=str(course.folder),
+        stage_step=np.array([0, *(record["step"] for record in passed), now["step"]]),
+        stage=np.minimum([*begun, now["stage"]], now["stages"]),
+        step=values(course.train, "step"),
+        accuracy=values(course.train, "curr_acc"),
+        loss=values(course.train, "loss"),
+        threshold=args["curr_threshold"],
+        heldout_step=values(course.held_out, "step"),
+        heldout_accuracy=values(course.held_out, "heldout_acc"),
+        heldout_loss=values(course.held_out, "heldout_loss"),
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Answer the experiment that the first argument names."""
-    experiments = {"ergodic": (Ergodic, ergodic)}
-    args = tyro.extras.subcommand_cli_from_dict(
-        {name: kind for name, (kind, _) in experiments.items()}, args=argv, use_underscores=True
-    )
-    next(answer for kind, answer in experiments.values() if isinstance(args, kind))(args)
+    run_command({"ergodic": (Ergodic, ergodic), "curriculum": (Curriculum, curriculum)}, argv)
 
 
 if __name__ == "__main__":

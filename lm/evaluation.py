@@ -17,7 +17,7 @@ FORMAT = "evaluation-1"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What evaluate_model.py measured on one checkpoint; N windows a category, T targets a window."""
+    """What evaluate_model.py context measured on one checkpoint; N windows a category, T targets a window."""
 
     record: dict
     """What NAME.json holds."""
@@ -44,12 +44,12 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises: FileNotFoundError if there is none; ValueError if it is of another format, or the two files do not belong
         together, as after a kill between their writing.
     """
-    record = read_json(path, "evaluate_model.py")
+    record = read_json(path, "evaluate_model.py context")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{path} is not in format {FORMAT}: run evaluate_model.py --overwrite")
+        raise ValueError(f"{path} is not in format {FORMAT}: run evaluate_model.py context --overwrite")
     windows = path.with_name(record["windows"]["file"])
     if not windows.is_file() or sha256(windows) != record["windows"]["sha256"]:
-        raise ValueError(f"{windows} is not the file {path.name} was written with: run evaluate_model.py --overwrite")
+        raise ValueError(f"{windows} is not the file {path.name} was written with: run evaluate_model.py context --overwrite")
     with np.load(windows) as arrays:
         return Evaluation(
             record=record,

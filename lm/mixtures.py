@@ -40,7 +40,7 @@ def find_results(runs_dir: Path, checkpoint: str, split: str) -> tuple[list[Resu
     for path in sorted(runs_dir.glob("**/run.json")):
         folder, run = path.parent, read_json(path, "train.py")
         evaluation = folder / "evaluation" / f"{checkpoint}_{split}.json"
-        command = f"python evaluate_model.py {folder} --checkpoint {checkpoint} --split {split}"
+        command = f"python evaluate_model.py context {folder} --checkpoint {checkpoint} --split {split}"
         if "K" not in run["args"]:
             continue  # of another experiment
         if not evaluation.is_file():
@@ -124,7 +124,9 @@ def _of_one_category(name: str, result: Result, singles: list[Result]) -> list[R
     there = [single for single in singles if list(single.shares) == [name]]
     for single in there:
         if not np.array_equal(single.evaluation.papers[name], result.evaluation.papers[name]):
-            raise ValueError(f"{single.folder} and {result.folder} differ in their windows: evaluate_model.py --overwrite")
+            raise ValueError(
+                f"{single.folder} and {result.folder} differ in their windows: run evaluate_model.py context --overwrite"
+            )
     return [single for single in there if single.seed == result.seed] or there
 
 

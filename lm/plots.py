@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lm.files import whole_file
 
@@ -50,13 +50,35 @@ class Points:
     se: Sequence[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trail:
+    """How a run went through its curriculum."""
+
+    label: str
+    stage_step: np.ndarray
+    """After which steps a stage began, and the last step."""
+    stage: np.ndarray
+    """The stage after each of these."""
+    step: np.ndarray
+    accuracy: np.ndarray
+    """Of the latest training examples, at each of `step`."""
+    loss: np.ndarray
+    threshold: float
+    """The accuracy that ends a stage."""
+    heldout_step: np.ndarray
+    heldout_accuracy: np.ndarray
+    heldout_loss: np.ndarray
+
+
 @contextmanager
-def figure(path: Path, columns: int = 1, width: float = 7.0) -> Iterator[list[Axes]]:
-    """Yield axes side by side; on success the figure is saved to `path`."""
+def figure(path: Path, columns: int = 1, width: float = 7.0, rows: int = 1, height: float = 4.2) -> Iterator[list[Axes]]:
+    """Yield axes side by side, or below each other over one x axis; on success the figure is saved to `path`."""
     with plt.rc_context(STYLE):
-        made, axes = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained", squeeze=False)
+        made, axes = plt.subplots(
+            rows, columns, figsize=(width, height), layout="constrained", squeeze=False, sharex="col" if rows > 1 else "none"
+        )
         try:
-            yield list(axes[0])
+            yield list(axes.flat)
             with whole_file(path) as partial:
                 made.savefig(partial, format="png", dpi=160)
         finally:
@@ -131,6 +153,78 @@ def loss_against_k_figure(path: Path, panels: Sequence[tuple[str, Sequence[Point
             if len(lines) > 1:
                 axes.legend()
         all_axes[0].figure.suptitle(title)
+
+
+def accuracy_figure(
+    path: Path,
+    lookahead: Sequence[int],
+    accuracy: Sequence[float],
+    interval: Sequence[tuple[float, float]],
+    chance: Sequence[float | None],
+    num_known: int,
+    title: str,
+) -> None:
+    """Accuracy with its interval, and chance, against lookahead; what follows the first `num_known` is of an unknown one."""
+    errors = np.abs(np.array(interval).T - np.array(accuracy))
+    known, unknown = slice(num_known), slice(num_known, None)
+    with figure(path) as (axes,):
+        axes.errorbar(lookahead[known], accuracy[known], errors[:, known], fmt="o-", capsize=3, label="model (95 % interval)")
+        axes.plot(lookahead[known], chance[known], "s--", color="tab:gray", mfc="none", label="a random child")
+        if len(lookahead) > num_known:
+            label = "model, unknown lookahead"
+            axes.errorbar(
+                lookahead[unknown], accuracy[unknown], errors[:, unknown], fmt="D", capsize=3, color="C1", label=label
+            )
+        axes.set_ylim(-0.03, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "?" if x in lookahead[unknown] else f"{x:g}"))
+        axes.set_xlabel("lookahead (steps)")
+        axes.set_ylabel("share of right answers")
+        axes.set_title(title)
+        _legend_beside(axes)
+
+
+def curriculum_figure(path: Path, trails: Sequence[Trail]) -> None:
+    """Stage, accuracies and losses over the steps of one run or several, a colour each."""
+    with figure(path, width=9.0, rows=4, height=9.5) as (stage, window, heldout, loss):
+        for number, trail in enumerate(trails):
+            color = _color(number, len(trails), ordered=False)
+            stage.step(trail.stage_step, trail.stage, where="post", color=color, label=trail.label)
+            window.plot(trail.step, trail.accuracy, color=color, lw=1.0)
+            window.axhline(trail.threshold, color=color, ls="--", lw=1.0)
+            heldout.plot(trail.heldout_step, trail.heldout_accuracy, "o-", color=color, ms=4, lw=1.0)
+            loss.plot(trail.step, trail.loss, color=color, lw=1.0)
+            loss.plot(trail.heldout_step, trail.heldout_loss, "o", color=color, ms=4)
+        if len(trails) > 1:
+            stage.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0))
+        else:
+            stage.set_title(trails[0].label)
+        stage.yaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes, label in (
+            (stage, "stage"),
+            (window, "training accuracy"),
+            (heldout, "held-out accuracy"),
+            (loss, "loss (nats)"),
+        ):
+            axes.set_ylabel(label)
+        _key(window, {"latest examples": "-", "threshold": "--"})
+        _key(loss, {"training": "-", "held-out": "o"})
+        for axes in (window, heldout):
+            axes.set_ylim(-0.04, 1.04)
+        if any(len(trail.loss) + len(trail.heldout_loss) for trail in trails):  # a log axis without data is an error
+            loss.set_yscale("log")
+            loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            loss.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            loss.yaxis.set_minor_locator(NullLocator())
+        loss.set_xlabel("optimizer step")
+        loss.figure.align_ylabels()
+
+
+def _key(axes: Axes, styles: dict[str, str]) -> None:
+    """A legend for kinds of lines, whatever their colour."""
+    for label, style in styles.items():
+        axes.plot([], [], style, color="black", label=label)
+    _legend_beside(axes)
 
 
 def _legend_beside(axes: Axes, title: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from lm.args import check
 from lm.checkpoint import Checkpoints, damage
@@ -25,7 +25,7 @@ def find_model(name: str, checkpoint: str) -> tuple[str, str, dict | None]:
     found = {path.name: path for path in [run / "final", run / "best", *steps.paths()] if path.is_dir()}
     path = steps.newest_good() if checkpoint == "latest" else found.get(checkpoint)
     if path is None:
-        present = f"it has {', '.join(found)}" if found else "it has none: run train.py, or let it finish"
+        present = f"it has {', '.join(found)}" if found else "it has none: run its trainer, or let it finish"
         raise FileNotFoundError(f"no checkpoint {checkpoint} in {run}, {present}")
     if fault := damage(path):
         raise ValueError(f"{path} is damaged ({fault}): pass another --checkpoint ({', '.join(found)})")
@@ -40,6 +40,17 @@ def step_of(folder: Path) -> int | None:
     return None
 
 
+def find_config(source: str) -> PreTrainedConfig:
+    """The configuration of a model. Raises: FileNotFoundError if there is no model."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no model {source}, here or on the hub as it can be reached from here ({str(error).splitlines()[0]}):"
+            " pass a run folder, a model folder or a hub name"
+        ) from None
+
+
 def check_model(
     source: str, run: dict | None, papers: Papers, sequence_length: int, allow_other_tokenizer: bool = False
 ) -> None:
@@ -47,13 +58,7 @@ def check_model(
 
     Raises: FileNotFoundError if there is no model; ValueError, all faults together.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no model {source}, here or on the hub as it can be reached from here ({str(error).splitlines()[0]}):"
-            " pass a run folder, a model folder or a hub name"
-        ) from None
+    config = find_config(source)
     faults, vocab_size = [], papers.meta["vocab_size"]
     if config.vocab_size < vocab_size:
         faults.append(

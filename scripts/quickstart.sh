@@ -30,7 +30,7 @@ train_and_measure() { # name, categories
     python train.py --K $# --categories "$@" --category_weighting equal --data_dir "$OUT/data" --output_dir "$run" \
         --model neox-128x2 --token_budget "$TOKEN_BUDGET" --effective_batch 16 --micro_batch 16 --weight_decay 0.1 \
         --lr 6e-3 --lr_schedule cosine --warmup_steps 50 --steps_per_eval_epoch 150 --eval_windows 512
-    python evaluate_model.py "$run" --checkpoint best --num_windows 2048
+    python evaluate_model.py context "$run" --checkpoint best --num_windows 2048
 }
 
 train_and_measure K4 "${CATEGORIES[@]}"

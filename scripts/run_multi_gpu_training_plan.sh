@@ -40,7 +40,7 @@ one_run() { # K seed gpu name, and the arguments of train.py
     trap 'kill -TERM "${child:-}" 2>/dev/null || true' TERM USR1 INT
     "${launch[@]}" train.py --K "$K" --seed "$seed" --output_dir "$run" "$@" & child=$!
     wait_for "$child" || return
-    python evaluate_model.py "$run" & child=$!
+    python evaluate_model.py context "$run" & child=$!
     wait_for "$child"
 }
 

@@ -1,4 +1,4 @@
-"""What evaluate_model.py writes equals a slow computation from the files, and what does not fit is refused by name."""
+"""What evaluate_model.py writes of papers equals a slow computation from the files, and what does not fit is refused."""
 
 import hashlib
 import json
@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from evaluate_model import Args, main
-from lm.args import parse
+from evaluate_model import main
 from lm.checkpoint import Checkpoints
 from lm.evaluation import read_evaluation
 from lm.measure import mean_and_se
@@ -101,7 +100,7 @@ def run(tmp_path, data) -> Path:
 
 
 def evaluate(*command: object) -> None:
-    main(parse(Args, [str(word) for word in (*command, "--num_windows", 20, "--micro_batch", 3, "--force_cpu")]))
+    main([str(word) for word in ("context", *command, "--num_windows", 20, "--micro_batch", 3, "--force_cpu")])
 
 
 def slow_losses(model: torch.nn.Module, tokens: np.ndarray) -> list[float]:
@@ -232,6 +231,15 @@ def test_a_model_that_is_no_run_needs_its_settings(tmp_path):
     lines.append(rf"--categories trained, but {tmp_path} is no run")
     with pytest.raises(ValueError, match="\n".join(lines)):
         evaluate(tmp_path, "--categories", "trained")
+
+
+def test_a_run_of_another_trainer_needs_settings_too(tmp_path, run):
+    (run / "run.json").write_text(json.dumps({"args": {"data_dir": "graphs", "curr_threshold": 0.98}}))
+    lines = [
+        rf"no --{name}, and {run} is no run of train.py to take it from: pass it" for name in ("data_dir", "sequence_length")
+    ]
+    with pytest.raises(ValueError, match="\n".join(lines)):
+        evaluate(run)
 
 
 def test_an_id_outside_the_vocabulary_is_named(run, data):

@@ -197,9 +197,10 @@ def test_runs_without_an_evaluation_are_named_and_left_out(tmp_path):
     (unevaluated / "final").mkdir()
     answer = report(tmp_path)
     assert answer["K"]["4"]["num_runs"] == 1
+    command = f"python evaluate_model.py context {unevaluated} --checkpoint final --split test"
     assert answer["notes"] == [
         f"left out: {unfinished} is not finished: run its train.py command again",
-        f"left out: {unevaluated} is not evaluated: python evaluate_model.py {unevaluated} --checkpoint final --split test",
+        f"left out: {unevaluated} is not evaluated: {command}",
     ]
 
 
@@ -237,7 +238,7 @@ def test_no_runs_and_no_evaluations_are_told_apart(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run.json of train.py below"):
         report(tmp_path)
     folder = write_run(tmp_path, SHARES)
-    with pytest.raises(FileNotFoundError, match=rf"python evaluate_model.py {folder} --checkpoint best --split test"):
+    with pytest.raises(FileNotFoundError, match=rf"python evaluate_model.py context {folder} --checkpoint best --split test"):
         report(tmp_path, "--checkpoint", "best")
 
 

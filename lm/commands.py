@@ -1,0 +1,13 @@
+"""Scripts with several commands: the first word chooses, and what follows are the arguments of that one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+
+def run_command(commands: dict[str, tuple[type, Callable[[Any], None]]], argv: list[str] | None = None) -> None:
+    """Run the command that the command line names; a command is a frozen dataclass of arguments, and what takes it."""
+    kinds = {name: kind for name, (kind, _) in commands.items()}
+    args = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, use_underscores=True)
+    next(run for kind, run in commands.values() if isinstance(args, kind))(args)
