@@ -48,7 +48,7 @@ from lm.splits import Splits, read_splits
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer
 from random_window_dataset import MicroBatches
-from synthetic import SyntheticExamples, check_tokenizer, share_too_long
+from synthetic import SyntheticExamples, share_too_long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +350,6 @@ def main(args: Args) -> int:
     splits = read_splits(args.data_dir, args.max_input_size, args.max_lookahead, args.generator)
     task = splits.task
     tokenizer = load_tokenizer(args.tokenizer)
-    check_tokenizer(tokenizer)
     examples = SyntheticExamples(
         task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=tokenizer, seq_len=args.seq_len
     )

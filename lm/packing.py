@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 Loss = Literal["weighted", "answer_only"]
 Batch = dict[str, torch.Tensor]
-MOST_ROW_COUNTS = 16  # tried for one micro-batch
+MOST_ROW_COUNTS = 64  # tried for one micro-batch
 
 
 def pack(examples: Sequence[np.ndarray], answer_tokens: Sequence[int], loss: Loss, reach: float | None) -> Batch:

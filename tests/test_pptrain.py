@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import string
 import time
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from text import byte_level_bpe
+from tokenizers import Tokenizer, models
 from training import ROOT, events, flags, kill, outcome, output, wait_for_step
 from training import run as run_any
 from training import start as start_any
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import build_data_splits
 import pptrain
@@ -369,6 +371,13 @@ def test_missing_things_are_named(in_process, tmp_path):
         in_process(tokenizer=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in"):
         in_process(resume_from="latest")
+
+
+def test_a_tokenizer_that_splits_the_answer_differently_after_its_prompt_is_refused(in_process, tmp_path):
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), *((letter, -1.0) for letter in string.printable), (" is ", -1.0)], 0))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<unk>").save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="splits the answer differently after a space"):
+        in_process(tokenizer=tmp_path / "tokenizer")
 
 
 def test_a_run_without_curriculum_stays_at_the_last_stage(in_process, tmp_path):
