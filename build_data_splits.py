@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from lm.args import check, parse
+from lm.args import below, check, parse
 from lm.external_generator import load_class
 from lm.files import sha256, whole_folder, write_json
 from lm.graph_search import Task
@@ -81,9 +81,7 @@ class Args:
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = self.task.faults()
-        for name in (*(f"{name}_size" for name in SETS), "num_processes"):
-            if (value := getattr(self, name)) < 1:
-                found.append(f"--{name} {value}: at least 1 is needed")
+        found += below(self, 1, *(f"{name}_size" for name in SETS), "num_processes")
         if not 0 <= self.seed < 2**63:
             found.append(f"--seed {self.seed}: a number from 0 to 2**63 - 1 is needed")
         if self.scratch_dir.exists() and not self.scratch_dir.is_dir():

@@ -37,7 +37,7 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from lm.args import check
+from lm.args import below, check
 from lm.commands import run_command
 from lm.evaluation import Evaluation, position_record, read_evaluation, score_record, write_evaluation
 from lm.files import sha256
@@ -128,7 +128,7 @@ def complete(args: Context, run: dict | None) -> Context:
     needed = {"data_dir": data_dir, "sequence_length": sequence_length, "output_dir": output_dir}
     found = f"{args.model} is no run of train.py"
     faults = [f"no --{name}, and {found} to take it from: pass it" for name, value in needed.items() if not value]
-    faults += below_1(args, ("sequence_length", "num_windows", "max_test_papers", "micro_batch"))
+    faults += below(args, 1, "sequence_length", "num_windows", "max_test_papers", "micro_batch")
     if "trained" in categories and not own:
         faults.append(f"--categories trained, but {found}: pass all, or names")
     if len(categories) > 1 and {"all", "trained"} & set(categories):
@@ -143,12 +143,6 @@ def complete(args: Context, run: dict | None) -> Context:
         output_dir=Path(output_dir),
         categories=tuple(categories),
     )
-
-
-def below_1(args: Measurement, names: Sequence[str]) -> list[str]:
-    """A line for each of these arguments that is too small."""
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return [f"--{name} {value} is below 1: pass a positive number" for name, value in given.items() if value < 1]
 
 
 def measured(args: Context, source: str, papers: Papers) -> dict[str, Any]:
@@ -319,7 +313,7 @@ def complete_search(args: Search, source: str, run: dict | None) -> Search:
     needed = {"data_dir": data_dir, "tokenizer": tokenizer, "output_dir": output_dir}
     found = f"{args.model} is no run of pptrain.py to take it from"
     faults = [f"no --{name}, and {found}: pass it" for name, value in needed.items() if not value]
-    check(faults + below_1(args, ("max_examples", "micro_batch")))
+    check(faults + below(args, 1, "max_examples", "micro_batch"))
     return replace(args, data_dir=Path(data_dir), tokenizer=str(tokenizer), output_dir=Path(output_dir))
 
 

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lm.session
 from lm import draws
-from lm.args import RunArgs, check, parse
+from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.graph_search import Task
 from lm.heldout import HeldOut, encode_rows, teacher_forced
 from lm.loss import packed_loss
@@ -126,20 +126,11 @@ class Args(RunArgs):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = super().faults()
-        at_least_1 = ("max_steps", "seq_len", "micro_batch", "grad_accum", "effective_batch", "start_stage", "stage_step")
-        at_least_1 += ("curr_window", "curr_check_every", "eval_subset_size", "log_every")
-        for name in at_least_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("lr", "adam_eps"):
-            if not getattr(self, name) > 0:
-                found.append(f"--{name} {getattr(self, name)}: more than 0 is needed")
-        for name in ("adam_beta1", "adam_beta2", "curr_threshold", "max_left_out"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"--{name} {getattr(self, name)}: a number in [0, 1] is needed (98 percent is 0.98)")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
-            if getattr(self, name) < 0:
-                found.append(f"--{name} {getattr(self, name)}: 0 or more is needed")
+        found += below(self, 1, "max_steps", "seq_len", "micro_batch", "grad_accum", "effective_batch", "start_stage")
+        found += below(self, 1, "stage_step", "curr_window", "curr_check_every", "eval_subset_size", "log_every")
+        found += below(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "num_workers")
+        found += not_positive(self, "lr", "adam_eps")
+        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "curr_threshold", "max_left_out")
         return found
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lm.session
-from lm.args import RunArgs, check, parse
+from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.loss import cross_entropy_sum
 from lm.measure import window_losses
 from lm.models import build_model, num_parameters
@@ -120,20 +120,11 @@ class Args(RunArgs):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = super().faults()
-        at_least_1 = ("K", "sequence_length", "micro_batch", "grad_accum", "effective_batch", "token_budget", "eval_windows")
-        at_least_1 += ("steps_per_eval_epoch", "max_eval_epochs", "early_stopping_patience")
-        for name in at_least_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("lr", "adam_eps", "epochs"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                found.append(f"--{name} {getattr(self, name)}: more than 0 is needed")
-        for name in ("adam_beta1", "adam_beta2", "min_lr_ratio", "reduce_lr_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"--{name} {getattr(self, name)}: a number in [0, 1] is needed")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "reduce_lr_patience", "num_workers"):
-            if getattr(self, name) < 0:
-                found.append(f"--{name} {getattr(self, name)}: 0 or more is needed")
+        found += below(self, 1, "K", "sequence_length", "micro_batch", "grad_accum", "effective_batch", "token_budget")
+        found += below(self, 1, "eval_windows", "steps_per_eval_epoch", "max_eval_epochs", "early_stopping_patience")
+        found += below(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "reduce_lr_patience", "num_workers")
+        found += not_positive(self, "lr", "adam_eps", "epochs")
+        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "min_lr_ratio", "reduce_lr_factor")
         if self.categories and len(set(self.categories)) != self.K:
             found.append(f"--categories {' '.join(self.categories)} with --K {self.K}: name K different ones, or none")
         if self.upload_results_to_s3 and not self.s3_bucket:

@@ -38,22 +38,38 @@ class RunArgs:
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
-        found = []
-        if self.checkpoint_interval_steps < 1:
-            found.append(f"--checkpoint_interval_steps {self.checkpoint_interval_steps}: at least 1 step is needed")
+        found = below(self, 1, "checkpoint_interval_steps", "max_step_checkpoints")
         if not 0 <= self.seed < 2**63:
             found.append(f"--seed {self.seed}: a number from 0 to 2**63 - 1 is needed")
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 found.append(f"--{name} {value}: a finite number is needed")
-        if self.max_step_checkpoints < 1:
-            found.append(f"--max_step_checkpoints {self.max_step_checkpoints}: at least 1 is needed, or nothing could resume")
         return found
 
 
 def parse(cls: type[T], argv: list[str] | None = None) -> T:
     """The command line as an instance of the dataclass `cls`; --micro_batch and --micro-batch are the same."""
     return tyro.cli(cls, args=argv, use_underscores=True)
+
+
+def below(args: object, least: int, *names: str) -> list[str]:
+    """A fault for each of these arguments that is given and less than `least`."""
+    values = ((name, getattr(args, name)) for name in names)
+    return [f"--{name} {value}: at least {least} is needed" for name, value in values if value is not None and value < least]
+
+
+def outside_0_to_1(args: object, *names: str) -> list[str]:
+    """A fault for each of these arguments that is no share."""
+    values = ((name, getattr(args, name)) for name in names)
+    return [
+        f"--{name} {value}: a number in [0, 1] is needed (98 percent is 0.98)" for name, value in values if not 0 <= value <= 1
+    ]
+
+
+def not_positive(args: object, *names: str) -> list[str]:
+    """A fault for each of these arguments that is given and not more than 0."""
+    values = ((name, getattr(args, name)) for name in names)
+    return [f"--{name} {value}: more than 0 is needed" for name, value in values if value is not None and not value > 0]
 
 
 def check(faults: list[str]) -> None:

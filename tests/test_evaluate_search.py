@@ -349,7 +349,7 @@ def test_a_model_that_is_no_run_needs_its_settings(tmp_path):
         (("--data_dir", "nothing"), r"no nothing/meta.json: run build_data_splits.py"),
         (("--checkpoint", "best"), r"no checkpoint best in .*run, it has final, step_00000040"),
         (("--tokenizer", "nothing"), r"no folder nothing, and the hub gave no such tokenizer"),
-        (("--micro_batch", 0), r"--micro_batch 0 is below 1"),
+        (("--micro_batch", 0), r"--micro_batch 0: at least 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, command, message):
