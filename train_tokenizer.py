@@ -2,7 +2,7 @@
 
     python train_tokenizer.py --input samples/pubmed/train.jsonl --vocab_size 4096 --output_dir tokenizer_4096
 
-Reads   .txt (every line a document), .jsonl and .parquet (a "text" column); a folder stands for such files in it
+Reads   .txt (every line a document), .jsonl and .parquet (column "text", or --column); a folder stands for such files in it
 Writes  OUTPUT_DIR/tokenizer.json, tokenizer_config.json  for AutoTokenizer; <|endoftext|> is id 0, <|padding|> id 1
         OUTPUT_DIR/meta.json  sources with checksums, documents, bytes per token, versions, fingerprint
 
@@ -44,6 +44,8 @@ class Args:
     """Folder of the tokenizer; it must be new, empty, or hold what this very command made."""
     vocab_size: int = 4096
     """Number of ids, special tokens included (at least 258)."""
+    column: str = "text"
+    """Where a row of .jsonl or .parquet has its text (input_text in what build_data_splits.py writes)."""
 
 
 def find_files(inputs: Iterable[Path]) -> list[Path]:
@@ -65,13 +67,13 @@ def find_files(inputs: Iterable[Path]) -> list[Path]:
     return files
 
 
-def read_texts(path: Path) -> Iterator[str]:
+def read_texts(path: Path, column: str = "text") -> Iterator[str]:
     """The documents of one file, one at a time.
 
     Raises: ValueError naming file and line (parquet: row) of a document that is missing or no text, and an empty file.
     """
     number = 0
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+    rows = _read_parquet(path, column) if path.suffix == ".parquet" else _read_lines(path, column)
     for number, text in enumerate(rows, 1):
         check_text(text, f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}")
         yield text
@@ -79,42 +81,42 @@ def read_texts(path: Path) -> Iterator[str]:
         raise ValueError(f"{path} is empty, text is needed: leave it out, or let what writes it finish")
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
-    """The lines of a .txt file with their ends, or the "text" values of a .jsonl file."""
+def _read_lines(path: Path, column: str) -> Iterator[Any]:
+    """The lines of a .txt file with their ends, or one column of a .jsonl file."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if path.suffix == ".txt":
                     yield line.decode()
                 else:
-                    yield json.loads(line)["text"]
+                    yield json.loads(line)[column]
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} line {number} is not UTF-8 ({error}): convert the file") from None
             except ValueError as error:
                 raise ValueError(f"{path} line {number} is not JSON ({error}): make the file again") from None
             except (KeyError, TypeError, IndexError):
-                raise ValueError(f'{path} line {number} is {line[:60]!r}, an object with "text" is needed') from None
+                raise ValueError(f'{path} line {number} is {line[:60]!r}, an object with "{column}" is needed') from None
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
-    """The values of the "text" column, few rows in memory at once."""
+def _read_parquet(path: Path, column: str) -> Iterator[Any]:
+    """The values of one column, few rows in memory at once."""
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file ({error}): make or download it again") from None
     with file:
-        if "text" not in file.schema_arrow.names:
-            raise ValueError(f'{path} has columns {file.schema_arrow.names}, "text" is needed: rename the column')
-        for batch in file.iter_batches(batch_size=64, columns=["text"]):
+        if column not in file.schema_arrow.names:
+            raise ValueError(f'{path} has columns {file.schema_arrow.names}, "{column}" is needed: pass --column')
+        for batch in file.iter_batches(batch_size=64, columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
-def train(files: list[Path], vocab_size: int, num_documents: Counter[Path]) -> PreTrainedTokenizerFast:
+def train(files: list[Path], vocab_size: int, num_documents: Counter[Path], column: str = "text") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with GPT-NeoX's normaliser and pre-tokeniser; counts each file's documents on the way."""
 
     def texts() -> Iterator[str]:
         for path in files:
-            for text in read_texts(path):
+            for text in read_texts(path, column):
                 num_documents[path] += 1
                 yield text
 
@@ -141,14 +143,14 @@ def train(files: list[Path], vocab_size: int, num_documents: Counter[Path]) -> P
     )
 
 
-def bytes_per_token(tokenizer: PreTrainedTokenizerFast, files: Iterable[Path]) -> float:
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, files: Iterable[Path], column: str = "text") -> float:
     """UTF-8 bytes per token over the first `CHECKED_DOCUMENTS` of each file, every one of which must survive a round trip.
 
     Raises: RuntimeError naming the file with a document that does not.
     """
     num_bytes = num_tokens = 0
     for path in files:
-        for text in islice(read_texts(path), CHECKED_DOCUMENTS):
+        for text in islice(read_texts(path, column), CHECKED_DOCUMENTS):
             (ids,) = encode_documents(tokenizer, [text])
             text = unicodedata.normalize("NFC", text)
             if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
@@ -170,7 +172,9 @@ def is_done(folder: Path, recipe: dict[str, Any]) -> bool:
         raise ValueError(f"{folder} was not made by train_tokenizer.py: pass another --output_dir, or move it away")
     there = meta["recipe"]
     differ = [
-        f"{key}: {there.get(key)!r:.200} there, {recipe[key]!r:.200} now" for key in recipe if there.get(key) != recipe[key]
+        f"{key}: {there.get(key)!r:.200} there, {recipe.get(key)!r:.200} now"
+        for key in recipe | there
+        if there.get(key) != recipe.get(key)
     ]
     if differ:
         raise ValueError(
@@ -188,19 +192,21 @@ def main(args: Args) -> None:
     files = find_files(args.input)
     sources = [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in files]
     recipe = {"format": "tokenizer-1", "vocab_size": args.vocab_size, "sources": sources}
+    if args.column != "text":
+        recipe["column"] = args.column
     if is_done(args.output_dir, recipe):
         print(f"nothing to do: {args.output_dir} is the tokenizer of these files")
         return
     print(f"training {args.vocab_size:,} ids on {sum(source['size'] for source in sources):,} bytes", flush=True)
     num_documents: Counter[Path] = Counter()
     with whole_folder(args.output_dir) as folder:
-        train(files, args.vocab_size, num_documents).save_pretrained(folder)
+        train(files, args.vocab_size, num_documents, args.column).save_pretrained(folder)
         tokenizer = load_tokenizer(folder)
         facts = {
             "recipe": recipe,
             "vocab_size": len(tokenizer),
             "num_documents": sum(num_documents.values()),
-            "bytes_per_token": bytes_per_token(tokenizer, files),
+            "bytes_per_token": bytes_per_token(tokenizer, files, args.column),
             "fingerprint": fingerprint(tokenizer),
             "versions": {package: version(package) for package in ("tokenizers", "transformers")},
             "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},

@@ -120,6 +120,22 @@ def test_jsonl_parquet_and_text_files_hold_the_same_documents(tmp_path):
     assert list(read_texts(tmp_path / "a.txt")) == ["one\r\n", "\n", "two\n", "vier €"]
 
 
+def test_the_text_may_stand_in_another_column(tmp_path, capsys):
+    texts = ["some text " * 3, *HARD_TEXTS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_text": text, "text": "no"}) + "\n" for text in texts))
+    write_parquet(tmp_path / "b.parquet", texts, column="input_text")
+    for name in ("a.jsonl", "b.parquet"):
+        args = Args(input=(tmp_path / name,), output_dir=tmp_path / name[0], vocab_size=270, column="input_text")
+        main(args)
+        main(args)
+        assert "nothing to do" in capsys.readouterr().out
+    main(Args(input=(write_jsonl(tmp_path / "c.jsonl", texts),), output_dir=tmp_path / "c", vocab_size=270))
+    made = [files_of(tmp_path / name)["tokenizer.json"] for name in "abc"]
+    assert made == made[:1] * 3
+    with pytest.raises(ValueError, match="holds another tokenizer .column: 'input_text' there, None now"):
+        main(Args(input=(tmp_path / "a.jsonl",), output_dir=tmp_path / "a", vocab_size=270))
+
+
 def test_a_folder_stands_for_its_text_files(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", ["text b"])
     write_parquet(tmp_path / "a.parquet", ["text a"])
