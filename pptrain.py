@@ -20,7 +20,6 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,25 +28,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
 from lm import draws
 from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
+from lm.curriculum import next_stage
 from lm.graph_search import Task
 from lm.heldout import HeldOut, encode_rows, teacher_forced
 from lm.loss import packed_loss
-from lm.models import build_model, num_parameters
+from lm.micro_batches import MicroBatches, load
+from lm.models import architecture, build_model, num_parameters
 from lm.optim import adamw
 from lm.packing import Batch, Loss, attention_reach, pack, sees_only_itself
-from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, run_and_exit, start_accelerator
+from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
 from lm.schedule import lr_factor
 from lm.session import Session
 from lm.splits import Splits, read_splits
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer
-from random_window_dataset import MicroBatches
 from synthetic import SyntheticExamples, share_too_long
 
 
@@ -152,7 +152,7 @@ class Progress(lm.session.Progress):
 
     stage: int = 1
     recent: list[bool] = field(default_factory=list)  # whether the latest examples of this stage were answered right
-    tokens: int = 0  # targets trained on
+    tokens: int = 0  # targets in the examples trained on
     too_long: int = 0  # examples left out because they are longer than seq_len
 
     @property
@@ -161,19 +161,23 @@ class Progress(lm.session.Progress):
         return sum(self.recent) / len(self.recent) if self.recent else None
 
 
-# What may change between a run and its continuation: nothing here enters a number (the split of a batch does only as float
-# order).
+# What may change between a run and its continuation: nothing here enters the weights (the split of a batch does only as float
+# order). The names of model and tokenizer are free, what they stand for is not.
 FREE = {"output_dir", "scratch_dir", "data_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "max_steps"}
 FREE |= {"checkpoint_interval_steps", "max_step_checkpoints", "wandb_project", "wandb_run_name", "num_workers", "tokenizer"}
+FREE |= {"model", "log_every"}
 FREE |= {"micro_batch", "grad_accum", "effective_batch", "max_input_size", "max_lookahead", "max_left_out"}
 
 
-def identity(args: Args, plan: Plan, splits: Splits, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def identity(
+    args: Args, plan: Plan, splits: Splits, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> dict[str, Any]:
     """What makes two runs the same run; a checkpoint only continues a run with the same."""
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
     files = {name: about["sha256"] for name, about in splits.meta["files"].items()}
     settings |= {"effective_batch": plan.effective_batch, "task": asdict(plan.task), "data": files}
-    return settings | {"tokenizer": fingerprint(tokenizer), "generator": splits.meta["generator"]}
+    settings |= {"generator": splits.meta["generator"], "architecture": architecture(model)}
+    return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
 class MicroBatchMaker(Dataset):
@@ -196,28 +200,9 @@ def at_stage(examples: SyntheticExamples, stage: int) -> SyntheticExamples:
     return examples
 
 
-def load_from(data_step: int, stage: int, plan: Plan, args: Args, accelerator: Accelerator) -> Iterator[Batch]:
-    """This process's micro-batches of one stage, from data step `data_step` on, without end."""
-    return iter(
-        DataLoader(
-            MicroBatchMaker(args, plan, stage),
-            batch_sampler=micro_batch_sampler(data_step, plan, args, accelerator),
-            collate_fn=as_it_is,
-            num_workers=args.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_trainer,
-        )
-    )
-
-
 def micro_batch_sampler(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> MicroBatches:
     """The rows of this process's micro-batches, from data step `data_step` on."""
     return MicroBatches(data_step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
-
-
-def as_it_is(batch: Batch) -> Batch:
-    """A micro-batch comes out of the dataset packed already."""
-    return batch
 
 
 def train(args: Args, plan: Plan, session: Session) -> int:
@@ -229,7 +214,8 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         if step == 0:
             evaluate(args, plan, session)
         if loader is None:  # also after a stage: what was prefetched for the old one never trains
-            loader = load_from(data_step, session.progress.stage, plan, args, accelerator)
+            maker = MicroBatchMaker(args, plan, session.progress.stage)
+            loader = load(maker, micro_batch_sampler(data_step, plan, args, accelerator), args.num_workers, accelerator)
         lr = args.lr * lr_factor(step, args.max_steps, args.warmup_steps, "constant")
         before = time.perf_counter()
         micro_batches = [next(loader) for _ in range(plan.grad_accum)]
@@ -252,7 +238,8 @@ def train(args: Args, plan: Plan, session: Session) -> int:
             waited = 0.0
         if passed:
             evaluate(args, plan, session)
-            progress.stage, progress.recent = progress.stage + args.stage_step, []
+            progress.stage = next_stage(progress.stage, args.stage_step, plan.task.max_lookahead)
+            progress.recent = []
             loader = None
         if session.end_step(is_done(args, plan, progress)):
             return EXIT_STOPPED
@@ -305,7 +292,7 @@ def choose_held_out(rows: list[dict], args: Args, tokenizer: PreTrainedTokenizer
     return encode_rows([rows[number] for number in chosen], tokenizer, args.seq_len)
 
 
-def check_fit(args: Args, task: Task, share: float, longest: int) -> None:
+def check_fit(args: Args, task: Task, share: float, longest: int, held_out: HeldOut) -> None:
     """Raise ValueError, all faults together, unless the stages exist and their examples fit into --seq_len."""
     faults = []
     if args.start_stage > task.max_lookahead:
@@ -315,6 +302,8 @@ def check_fit(args: Args, task: Task, share: float, longest: int) -> None:
             f"--seq_len {args.seq_len} is too short for {share:.1%} of the last stage's examples (the longest of 1,000 has"
             f" {longest} tokens), --max_left_out {args.max_left_out} is allowed: pass a longer --seq_len, or allow more"
         )
+    if not held_out.num_rows:
+        faults.append(f"--seq_len {args.seq_len} is too short for all held-out examples: pass a longer one")
     check(faults)
 
 
@@ -327,7 +316,11 @@ def say_what_to_know(run: Run, args: Args, plan: Plan, share: float) -> None:
             f" lookahead is {task.reachable_lookahead}, and stage s asks for up to s - 1"
         )
     if share:
-        run.log.say(f"{share:.1%} of the last stage's examples are longer than --seq_len {args.seq_len} and will be left out")
+        left_out, of = plan.held_out.num_too_long, plan.held_out.num_too_long + plan.held_out.num_rows
+        run.log.say(
+            f"{share:.1%} of the last stage's examples are longer than --seq_len {args.seq_len} and will be left out,"
+            f" and so are {left_out} of the {of} held-out examples"
+        )
     if plan.reach is None:
         run.log.say(f"--model {args.model} lets packed examples see each other: every example gets a row of its own, padded")
 
@@ -338,23 +331,24 @@ def main(args: Args) -> int:
     check(args.faults())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked after its first use
     accelerator = start_accelerator(args.precision, args.force_cpu)
+    grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum
+    grad_accum, effective = plan_batch(args.micro_batch, grad_accum, args.effective_batch, accelerator.num_processes)
+    tokenizer = load_tokenizer(args.tokenizer)
     splits = read_splits(args.data_dir, args.max_input_size, args.max_lookahead, args.generator)
     task = splits.task
-    tokenizer = load_tokenizer(args.tokenizer)
     examples = SyntheticExamples(
         task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=tokenizer, seq_len=args.seq_len
     )
     share, longest = share_too_long(task, task.max_lookahead, tokenizer, args.seq_len, generator=args.generator)
-    check_fit(args, task, share, longest)
-    grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum
-    grad_accum, effective = plan_batch(args.micro_batch, grad_accum, args.effective_batch, accelerator.num_processes)
+    held_out = choose_held_out(splits.rows("eval"), args, tokenizer)
+    check_fit(args, task, share, longest, held_out)
 
     torch.manual_seed(args.seed)
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = build_model(args.model, len(tokenizer), args.seq_len, token_ids)
     reach = attention_reach(model) if sees_only_itself(model) else None
-    held_out = choose_held_out(splits.rows("eval"), args, tokenizer)
     plan = Plan(task, examples, held_out, grad_accum, effective, reach)
+    sample = MicroBatchMaker(args, plan, args.start_stage).__getitems__(range(args.micro_batch))
 
     derived = {
         "max_input_size": task.max_input_size,
@@ -376,9 +370,8 @@ def main(args: Args) -> int:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         say_what_to_know(run, args, plan, share)
         optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
-        sample = MicroBatchMaker(args, plan, args.start_stage).__getitems__(range(args.micro_batch))
-        start = Progress(stage=args.start_stage)
-        session = Session(args, run, model, optimizer, packed_loss, sample, start, identity(args, plan, splits, tokenizer))
+        start, same_run = Progress(stage=args.start_stage), identity(args, plan, splits, tokenizer, model)
+        session = Session(args, run, model, optimizer, packed_loss, sample, start, same_run)
         session.resume()
         code = train(args, plan, session)
         if code == 0:

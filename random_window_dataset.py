@@ -10,7 +10,7 @@ its papers, not by its tokens.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -200,22 +200,3 @@ class RandomWindowDataset(torch.utils.data.Dataset):
             f"paper {self.papers.paper_ids[paper]} has id {window[position]} at position {first + position},"
             f" outside the vocabulary of {self.vocab_size}"
         )
-
-
-class MicroBatches(torch.utils.data.Sampler[range]):
-    """The examples of each micro-batch of one process, from a step on: a batch sampler for `DataLoader`.
-
-    Row j of step s is example `s * effective_batch + j`, whatever the number of processes: micro-batch m of process p
-    holds the rows from `(m * num_processes + p) * micro_batch` on.
-    """
-
-    def __init__(self, first_step: int, micro_batch: int, grad_accum: int, process: int, num_processes: int):
-        self.first_step, self.micro_batch, self.grad_accum = first_step, micro_batch, grad_accum
-        self.process, self.num_processes = process, num_processes
-
-    def __iter__(self) -> Iterator[range]:
-        block = self.first_step * self.grad_accum
-        while True:
-            start = (block * self.num_processes + self.process) * self.micro_batch
-            yield range(start, start + self.micro_batch)
-            block += 1

@@ -17,7 +17,6 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,23 +24,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lm.session
 from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.loss import cross_entropy_sum
 from lm.measure import window_losses
-from lm.models import build_model, num_parameters
+from lm.micro_batches import MicroBatches, load
+from lm.models import architecture, build_model, num_parameters
 from lm.optim import adamw
 from lm.papers import Papers, read_papers
-from lm.run import EXIT_STOPPED, Run, leave_signals_to_the_trainer, open_run, run_and_exit, start_accelerator
+from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
 from lm.s3 import S3Folder
 from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
 from lm.session import Session
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer
-from random_window_dataset import MicroBatches, RandomWindowDataset, choose_categories
+from random_window_dataset import RandomWindowDataset, choose_categories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +183,17 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
 FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
 FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "data_dir", "micro_batch", "grad_accum", "effective_batch"}
 FREE |= {"epochs", "token_budget", "max_eval_epochs", "early_stopping_patience", "num_workers", "verify_data"}
-FREE |= {"upload_results_to_s3", "s3_bucket", "s3_prefix"}
+FREE |= {"upload_results_to_s3", "s3_bucket", "s3_prefix", "model"}
 
 
-def identity(args: Args, plan: Plan, papers: Papers) -> dict[str, Any]:
+def identity(args: Args, plan: Plan, papers: Papers, model: PreTrainedModel) -> dict[str, Any]:
     """What makes two runs the same run; a checkpoint only continues a run with the same."""
     files = {name: papers.meta["files"][name]["sha256"] for name in ("tokens.bin", "index.jsonl", "splits.json")}
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
     if args.lr_schedule != "constant" or args.reduce_lr_factor != 1.0 or args.early_stopping_patience is not None:
         settings["total_steps"] = plan.total_steps
-    return settings | {"categories": plan.train.categories, "effective_batch": plan.effective_batch, "data": files}
+    settings |= {"categories": plan.train.categories, "effective_batch": plan.effective_batch, "data": files}
+    return settings | {"architecture": architecture(model)}
 
 
 def window_loss(model: torch.nn.Module, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,25 +208,6 @@ def micro_batch_sampler(step: int, plan: Plan, args: Args, accelerator: Accelera
     return MicroBatches(step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
 
 
-def load_from(step: int, plan: Plan, args: Args, accelerator: Accelerator) -> Iterator[torch.Tensor]:
-    """This process's micro-batches (micro_batch, sequence_length + 1), from data step `step` on, without end."""
-    return iter(
-        DataLoader(
-            plan.train,
-            batch_sampler=micro_batch_sampler(step, plan, args, accelerator),
-            collate_fn=as_it_is,
-            num_workers=args.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_trainer,
-        )
-    )
-
-
-def as_it_is(batch: torch.Tensor) -> torch.Tensor:
-    """Windows come out of the dataset as one tensor already."""
-    return batch
-
-
 def train(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokenizerBase) -> int:
     """Train until the plan is done (returns 0) or a signal asks to stop (returns EXIT_STOPPED)."""
     run, accelerator = session.run, session.accelerator
@@ -235,7 +216,8 @@ def train(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokeniz
     while not is_done(args, plan, session.progress):
         step, data_step = session.progress.step, session.progress.data_step
         if loader is None:
-            loader = load_from(data_step, plan, args, accelerator)
+            micro_batches = micro_batch_sampler(data_step, plan, args, accelerator)
+            loader = load(plan.train, micro_batches, args.num_workers, accelerator)
         lr = args.lr * lr_factor(step, plan.total_steps, args.warmup_steps, args.lr_schedule, args.min_lr_ratio)
         lr *= plateau_factor(session.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
         micro_batches = [next(loader).to(accelerator.device, non_blocking=True) for _ in range(plan.grad_accum)]
@@ -341,7 +323,7 @@ def main(args: Args) -> int:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
         sample = torch.from_numpy(plan.validation[:1])
-        session = Session(args, run, model, optimizer, window_loss, sample, Progress(), identity(args, plan, papers))
+        session = Session(args, run, model, optimizer, window_loss, sample, Progress(), identity(args, plan, papers, model))
         session.resume()
         code = train(args, plan, session, tokenizer)
         if code == 0:

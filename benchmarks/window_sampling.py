@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from lm.micro_batches import MicroBatches
 from lm.papers import Papers
-from random_window_dataset import MicroBatches, RandomWindowDataset
+from random_window_dataset import RandomWindowDataset
 
 NUM_PAPERS, TOKENS_PER_PAPER, VOCABULARY = 33_388, 3_000, 50_277
 ROUNDS, ROUND_SEC = 7, 0.5

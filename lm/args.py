@@ -24,7 +24,8 @@ class RunArgs:
     force_cpu: bool = False
     """Do not use a GPU even if there is one."""
     deterministic: bool = True
-    """Only deterministic GPU kernels, without which a repeated run differs in the last bits (slower on some models)."""
+    """Only deterministic kernels, without which a repeated run differs in the last bits on a GPU; an operation that has none
+    ends the run. --no-deterministic is faster on some models."""
     detect_anomaly: bool = False
     """Let autograd name the operation that made a NaN (several times slower)."""
     checkpoint_interval_steps: int = 500

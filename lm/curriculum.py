@@ -65,6 +65,11 @@ def _whole_lines(path: Path, key: str) -> list[dict[str, Any]]:
     return rows
 
 
+def next_stage(stage: int, stage_step: int, last: int) -> int:
+    """The stage after `stage`: `stage_step` further up but not past the last one, which every run trains; last + 1 after it."""
+    return min(stage + stage_step, last) if stage < last else last + 1
+
+
 def stages_passed(course: Course) -> list[dict[str, Any]]:
     """A row for each stage passed, with what it took; null where the records do not tell."""
     train, seconds = {record["step"]: record for record in course.train}, training_seconds(course)
@@ -106,12 +111,14 @@ def training_seconds(course: Course) -> dict[int, float]:
 
 def whereabouts(course: Course) -> dict[str, Any]:
     """Stage and step after the last record, whether the run has ended there, and how many examples were too long so far."""
-    args, step = course.run["args"], course.last_step
-    stage = course.passed[-1]["stage"] + args["stage_step"] if course.passed else args["start_stage"]
+    args, step, stages = course.run["args"], course.last_step, course.run["derived"]["stages"]
+    stage = course.train[-1]["stage"] if course.train else args["start_stage"]
+    if course.passed and course.passed[-1]["step"] == step:
+        stage = next_stage(course.passed[-1]["stage"], args["stage_step"], stages)
     about = course.folder / "final/about.json"
     return {
         "stage": stage,
-        "stages": course.run["derived"]["stages"],
+        "stages": stages,
         "step": step,
         "finished": about.is_file() and read_json(about, MADE_BY)["step"] >= step,
         "too_long": course.train[-1]["too_long"] if course.train else 0,

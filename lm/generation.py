@@ -46,11 +46,11 @@ def greedy(
         yield numbers, [row[: end[0]] if len(end) else row for row, end in zip(new, ends, strict=True)]
 
 
-def passes(lengths: Sequence[int], new_tokens: int, micro_batch: int) -> list[list[int]]:
+def passes(lengths: Sequence[int], new_tokens: int, micro_batch: int, most_tokens: int = TOKENS_IN_A_PASS) -> list[list[int]]:
     """Prompts for each pass, the longest first, those of one pass alike in length."""
     made: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if not made or len(made[-1]) >= min(micro_batch, TOKENS_IN_A_PASS // (lengths[made[-1][0]] + new_tokens)):
+        if not made or len(made[-1]) >= min(micro_batch, most_tokens // (lengths[made[-1][0]] + new_tokens)):
             made.append([])
         made[-1].append(number)
     return made

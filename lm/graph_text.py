@@ -18,7 +18,7 @@ import numpy as np
 from faker.providers.person.en_US import Provider
 
 from lm import text_kernels
-from lm.graph_search import Graphs
+from lm.graph_search import Graphs, Task, draw_graphs
 from lm.text_kernels import FROM, NAME, STOP, TO
 
 NAMES: dict[str, float] = dict(Provider.first_names)  # with the weights by which Faker draws them
@@ -38,8 +38,14 @@ END = ""  # the piece after the answer: no text, but the end-of-sequence token
 
 
 def fingerprint() -> str:
-    """A SHA-256 that two installations share when the same draws give the same texts on both."""
+    """A SHA-256 that two installations share when the same draws give the same texts on both.
+
+    It covers the words, the templates, and a sample of examples, so that a change of how graphs are drawn changes it too.
+    """
     parts = [list(NAMES.items()), PATTERNS, LETTERS, SENTENCES, OPENING, QUESTION, ANSWER]
+    task, indices = Task(max_input_size=96, max_lookahead=16), np.arange(16)
+    written = [write(draw_graphs(task, 0, stage, indices, "fingerprint")) for stage in (1, 8, 16)]
+    parts += [(batch.prompts(), batch.answers()) for batch in written]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

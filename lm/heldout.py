@@ -1,5 +1,6 @@
 """How well a model answers held-out examples of the graph-search task, without and with generating."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,12 +9,11 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lm.generation import TOKENS_IN_A_PASS, passes
 from lm.loss import packed_loss
-from lm.measure import DTYPES
+from lm.measure import DTYPES, MAX_LOGITS
 from lm.packing import pack
 from lm.tokenizer import encode_documents
-
-TOKENS_IN_A_PASS = 2**14  # of a measurement
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,17 @@ def teacher_forced(
     the labels in nats per answer token. EOS counts as a token of the answer. The processes share the rows.
 
     All tokens most likely is what greedy decoding needs to give that answer and then stop.
+
+    Raises: RuntimeError, on every process, if the loss is not finite.
     """
     correct = np.zeros(held_out.num_rows, dtype=bool)
     losses = np.zeros(2)
     was_training = model.training
     model.eval()
-    for numbers in _passes([len(ids) for ids in held_out.examples])[accelerator.process_index :: accelerator.num_processes]:
+    most_tokens = min(TOKENS_IN_A_PASS, MAX_LOGITS // model.config.vocab_size)
+    lengths = [len(ids) for ids in held_out.examples]
+    all_passes = passes(lengths, 0, len(lengths), most_tokens)
+    for numbers in map(sorted, all_passes[accelerator.process_index :: accelerator.num_processes]):
         answer_tokens = [held_out.answer_tokens[number] for number in numbers]
         batch = pack([held_out.examples[number] for number in numbers], answer_tokens, "answer_only", reach)
         rows = [held_out.row[number] for number in numbers]
@@ -72,17 +77,6 @@ def teacher_forced(
     device = accelerator.device
     correct = accelerator.reduce(torch.from_numpy(correct).long().to(device), "sum") > 0
     total, weight = accelerator.reduce(torch.from_numpy(losses).to(device), "sum").tolist()
+    if not math.isfinite(total):
+        raise RuntimeError(f"the held-out loss is {total}, a finite one is needed: lower --lr, or use --precision fp32")
     return correct.double().mean().item(), total / weight
-
-
-def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Examples for each forward pass: alike in length, and not more tokens than fit."""
-    passes: list[list[int]] = [[]]
-    tokens = 0
-    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
-        if passes[-1] and tokens + lengths[number] > TOKENS_IN_A_PASS:
-            passes.append([])
-            tokens = 0
-        passes[-1].append(number)
-        tokens += lengths[number]
-    return passes

@@ -1,5 +1,7 @@
 """Causal language models by name: built-in presets (random weights, no network), folders and hub names."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +14,20 @@ logging.disable_progress_bar()  # transformers draws one for every model that it
 
 @dataclass(frozen=True)
 class NeoX:
-    """The shape of a GPT-NeoX model; all else is as in Pythia (rotary 25 %, parallel residual, GELU, untied, no dropout)."""
+    """The shape of a GPT-NeoX model; all else is as in Pythia (parallel residual, GELU, untied, no dropout)."""
 
     hidden: int
     layers: int
     heads: int
     positions: int = 2048
+    rotary: float = 0.25  # share of each head's dimensions that turn with the position
 
 
 # Pythia: Biderman et al., arXiv 2304.01373, table 1, and the published config.json of each (intermediate = 4 x hidden).
 PRESETS = {
     "neox-64x2": NeoX(64, 2, 4),  # for two CPU cores
     "neox-128x2": NeoX(128, 2, 4),
+    "neox-128x6": NeoX(128, 6, 4, rotary=1.0),  # a quarter of 32 dimensions is too little to tell positions by
     "pythia-14m": NeoX(128, 6, 4),
     "pythia-31m": NeoX(256, 6, 8),
     "pythia-70m": NeoX(512, 6, 8),
@@ -37,13 +41,15 @@ PRESETS = {
 def _config(name: str):
     shape = PRESETS.get(name)
     if shape is not None:
-        return GPTNeoXConfig(
+        config = GPTNeoXConfig(
             hidden_size=shape.hidden,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             intermediate_size=4 * shape.hidden,
             max_position_embeddings=shape.positions,
         )
+        config.rope_parameters["partial_rotary_factor"] = shape.rotary
+        return config
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -80,7 +86,7 @@ def build_model(
     elif positions is not None and positions < min_positions:
         raise ValueError(
             f"--model {name} has {positions} positions, {min_positions} are needed:"
-            " lower --sequence_length, or choose another model"
+            " train on a shorter context, or choose another model"
         )
     config.vocab_size = vocab_size
     for key, value in (token_ids or {}).items():
@@ -103,6 +109,13 @@ def load_model(name: str | Path) -> PreTrainedModel:
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name} lacks the weights {', '.join(missing[:5])}: it is damaged, or not a causal language model")
     return model
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """A SHA-256 that two models share when the same configuration built them, whatever name or folder it came from."""
+    config = model.config.to_dict()
+    about = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def num_parameters(model: torch.nn.Module) -> int:

@@ -105,4 +105,4 @@ def sees_only_itself(model: PreTrainedModel) -> bool:
     together = model(input_ids=torch.cat([first, second])[None], position_ids=positions, use_cache=False).logits
     model.train(training)
     difference = (together.view(alone.shape) - alone).abs().max()
-    return bool(difference < 1e-3 * alone.std())
+    return bool(difference < 1e-4 * alone.std())

@@ -139,7 +139,7 @@ def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -
         _write_provenance(folder, args, derived, accelerator)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # with warn_only, attention's backward pass would stay as it is
         torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time: nothing reads such memory
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
     torch.manual_seed(args.seed)

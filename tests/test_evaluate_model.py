@@ -216,7 +216,10 @@ def test_changed_windows_are_not_taken_for_those_measured(run):
         (("--split", "train"), r"no paper of cs.A in split 'train' has 11 tokens"),
         (("--split", "dev"), r"split 'dev' is not in .*choose from train, validation, test"),
         (("--sequence_length", 17), r"final has 16 positions, --sequence_length is 17"),
-        (("--sequence_length", 0, "--max_test_papers", -1), r"sequence_length 0: at least 1(.|\n)*max_test_papers -1: at least 1"),
+        (
+            ("--sequence_length", 0, "--max_test_papers", -1),
+            r"sequence_length 0: at least 1(.|\n)*max_test_papers -1: at least 1",
+        ),
         (("--categories", "all", "cs.A"), r"--categories all cs.A mixes names with all or trained"),
     ],
 )

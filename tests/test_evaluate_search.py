@@ -338,7 +338,7 @@ def test_any_causal_language_model_is_measured_with_its_own_tokenizer(tmp_path, 
 
 def test_a_model_that_is_no_run_needs_its_settings(tmp_path):
     lines = [rf"no --{name}, and {tmp_path} is no run of pptrain.py .*" for name in ("data_dir", "tokenizer", "output_dir")]
-    with pytest.raises(ValueError, match="\n".join([*lines, r"--max_examples 0 is below 1"])):
+    with pytest.raises(ValueError, match="\n".join([*lines, r"--max_examples 0: at least 1"])):
         evaluate(tmp_path, "--max_examples", 0)
 
 

@@ -137,6 +137,12 @@ def test_fingerprint_changes_with_names_weights_and_templates(monkeypatch):
             assert fingerprint() != before
 
 
+def test_fingerprint_changes_with_the_graphs_that_are_drawn(monkeypatch):
+    before, draw = fingerprint(), graph_text.draw_graphs
+    monkeypatch.setattr(graph_text, "draw_graphs", lambda task, seed, *rest: draw(task, seed + 1, *rest))
+    assert fingerprint() != before
+
+
 def test_a_parsed_prompt_gives_back_what_was_written(written):
     for prompt in written.prompts()[:1000]:
         name, rules, start, goal = read(prompt)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lm.micro_batches import MicroBatches
 from lm.papers import read_papers
-from random_window_dataset import MicroBatches, RandomWindowDataset, choose_categories
+from random_window_dataset import RandomWindowDataset, choose_categories
 
 
 @pytest.fixture(scope="module")

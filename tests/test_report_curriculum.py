@@ -7,7 +7,7 @@ import pytest
 from graph_runs import build, train
 from text import byte_level_bpe
 
-from lm.curriculum import read_course, where_line
+from lm.curriculum import next_stage, read_course, where_line
 from lm.search_evaluation import write_search
 from report import main
 
@@ -181,3 +181,8 @@ def test_a_real_run_adds_up_to_its_own_account(tmp_path, capsys):
         "searches": [],
     }
     assert f"{run}: all 6 stages passed, step 18, finished; 0 examples" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_every_run_trains_the_last_stage():
+    assert [next_stage(stage, 1, 6) for stage in (1, 5, 6)] == [2, 6, 7]
+    assert [next_stage(stage, 4, 6) for stage in (1, 3, 5, 6)] == [5, 6, 6, 7]

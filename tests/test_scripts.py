@@ -56,6 +56,7 @@ def test_a_plan_names_the_runs_that_failed_and_finishes_the_others(plan, tmp_pat
 
 def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, tmp_path):
     environment = os.environ | {"OUT": str(tmp_path), "SAMPLES": str(samples), "TOKEN_BUDGET": str(1600 * 12)}
+    environment["GRAPH_STEPS"] = "20"
 
     def quickstart():
         command = ["bash", str(ROOT / "scripts" / "quickstart.sh")]
@@ -68,6 +69,9 @@ def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, tm
     for name in ("context_loss.png", "excess.png", "loss_against_k.png", "report.json", "report.md"):
         assert (tmp_path / "runs" / "report" / name).stat().st_size > 500
     again = quickstart()
-    assert again.count("was finished before") == 5
-    assert again.count("has just this already") == 5
+    for name in ("curriculum.png", "curriculum.json", "curriculum.jsonl"):
+        assert (tmp_path / "graphs/pptrain/report" / name).exists()
+    assert again.count("was finished before") == 6
+    assert again.count("has just this already") == 6
+    assert again.count("nothing to do") == 5, "samples, two tokenizers, papers, held-out examples"
     assert again.splitlines()[-1] == first.splitlines()[-1]
