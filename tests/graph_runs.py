@@ -14,6 +14,7 @@ from lm.args import parse
 from lm.checkpoint import Checkpoints
 
 TOY = "toy_generator:ToyGenerator"
+STAGES = 6
 SETTINGS = {  # a look every three steps at the last 30 examples, of which nearly all must be right
     "model": "neox-64x2",
     "precision": "fp32",
@@ -28,14 +29,13 @@ SETTINGS = {  # a look every three steps at the last 30 examples, of which nearl
     "checkpoint_interval_steps": 100,
     "eval_subset_size": 10,
     "log_every": 2,
-    "num_workers": 0,
 }
 
 
 def build(folder: Path, **changes) -> Path:
     """Held-out sets of six stages; returns their folder."""
     sizes = {"eval_size": 20, "test_size": 40, "mixin_size": 5, "num_processes": 1}
-    options = {"scratch_dir": folder, "max_input_size": 36, "max_lookahead": 6} | sizes | changes
+    options = {"scratch_dir": folder, "max_input_size": 36, "max_lookahead": STAGES} | sizes | changes
     build_data_splits.main(parse(build_data_splits.Args, flags(**options)))
     return next((folder / "data/nl_splits").glob("mis*"))
 
@@ -44,26 +44,28 @@ def train(folder: Path, data: Path, tokenizer: Path, **changes) -> Path:
     """Run pptrain.main here, which saves the imports; the signal handlers are put back afterwards."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
-    paths = {"scratch_dir": folder.parent, "output_dir": folder, "data_dir": data, "tokenizer": tokenizer}
+    fixed = {"scratch_dir": folder.parent, "output_dir": folder, "data_dir": data, "tokenizer": tokenizer}
+    fixed |= {"force_cpu": True, "num_workers": 0}
     try:
-        assert pptrain.main(parse(pptrain.Args, flags(**SETTINGS | paths | {"force_cpu": True} | changes))) == 0
+        assert pptrain.main(parse(pptrain.Args, flags(**SETTINGS | fixed | changes))) == 0
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
     return folder
 
 
-def write_split(folder: Path, rows: list[dict]) -> Path:
-    """A folder whose test split has these rows (`input_text`, `output_texts`)."""
+def write_split(folder: Path, rows: list[dict], split: str = "test") -> Path:
+    """A folder of which one split has these rows (`input_text`, `output_texts`), the others none."""
     folder.mkdir(parents=True)
-    whole = [{**row, "alpha": 1.0, "stage": 6, "seed": 0, "index": index} for index, row in enumerate(rows)]
+    whole = [{**row, "alpha": 1.0, "stage": STAGES, "seed": 0, "index": index} for index, row in enumerate(rows)]
     files = {}
-    for name, content in {"eval": [], "test": whole, "mixin": []}.items():
+    for name, content in ({"eval": [], "test": [], "mixin": []} | {split: whole}).items():
         text = "".join(json.dumps(row) + "\n" for row in content)
         (folder / f"{name}.jsonl").write_text(text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         files[f"{name}.jsonl"] = {"count": len(content), "size": len(text.encode()), "sha256": digest}
-    meta = {"format": "splits-1", "max_input_size": 36, "max_lookahead": 6, "generator": {"name": "built-in"}, "files": files}
+    meta = {"format": "splits-1", "max_input_size": 36, "max_lookahead": STAGES}
+    meta |= {"generator": {"name": "built-in"}, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

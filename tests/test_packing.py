@@ -145,3 +145,10 @@ def test_a_model_that_mixes_packed_examples_is_noticed(model):
     clean = model.forward
     model.forward = lambda input_ids, position_ids=None, **rest: clean(input_ids, **rest)
     assert not sees_only_itself(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_whether_examples_mix_leaves_the_mode_of_the_model_as_it_was(model, training):
+    model.train(training)
+    assert sees_only_itself(model)
+    assert {module.training for module in model.modules()} == {training}
