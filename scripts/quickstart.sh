@@ -6,7 +6,7 @@
 # does context tell it? One model of K = 4 categories, and for comparison one of K = 1 on each of them.
 #
 #   OUT   where everything goes (quickstart)            SAMPLES       where the text goes (samples)
-#   TOKEN_BUDGET   of each model of text (1_500_000)    GRAPH_STEPS   optimizer steps of the curriculum (1500)
+#   TOKEN_BUDGET   of each model of text (1_500_000)    GRAPH_STEPS   optimizer steps of the curriculum (1000)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE=1
 OUT=${OUT:-quickstart}
 SAMPLES=${SAMPLES:-samples}
 TOKEN_BUDGET=${TOKEN_BUDGET:-1_500_000}
-GRAPH_STEPS=${GRAPH_STEPS:-1500}
+GRAPH_STEPS=${GRAPH_STEPS:-1000}
 CATEGORIES=(chemistry microbiology oncology surgery) # those with the most text
 
 title() { printf '\n== %s\n' "$1"; }
