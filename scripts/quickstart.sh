@@ -26,7 +26,7 @@ python build_data_splits.py --scratch_dir "$GRAPHS" --max_input_size 36 --max_lo
     --eval_size 500 --test_size 1000 --mixin_size 2000
 SPLITS=$GRAPHS/data/nl_splits/mis36_look6_seed12345
 python train_tokenizer.py --input "$SPLITS/mixin.jsonl" --column input_text --vocab_size 512 --output_dir "$GRAPHS/tokenizer"
-title "the curriculum: a stage is passed when 60 % of the latest answers are right (a random child: 51 %)"
+title "the curriculum: a stage is passed when 60 % of the latest answers are right (a random child: 49 %)"
 python pptrain.py --scratch_dir "$GRAPHS" --data_dir "$SPLITS" --tokenizer "$GRAPHS/tokenizer" --model neox-128x6 \
     --seq_len 512 --max_steps "$GRAPH_STEPS" --micro_batch 32 --grad_accum 1 --precision fp32 --lr 1.5e-3 --adam_beta2 0.98 \
     --warmup_steps 100 --curr_check_every 10 --curr_threshold 0.6 --eval_subset_size 200 --num_workers 0
