@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two experiments in small, without a hub or a GPU, in a quarter of an hour on two cores; run again, it does only what is missing.
+# Two experiments in small, without a hub or a GPU, in about 20 minutes on two cores; run again, it does only what is missing.
 #
 # The curriculum: how far does a model of 1.3 M parameters learn to search graphs, stage by stage?
 # The ArXiv experiment, on real text: what does a model of four categories pay for not knowing which one it reads, and how soon
