@@ -27,7 +27,7 @@ class NeoX:
 PRESETS = {
     "neox-64x2": NeoX(64, 2, 4),  # for two CPU cores
     "neox-128x2": NeoX(128, 2, 4),
-    "neox-128x6": NeoX(128, 6, 4, rotary=1.0),  # a quarter of 32 dimensions is too little to tell positions by
+    "neox-128x6": NeoX(128, 6, 4, rotary=1.0),  # a quarter of so small a head would be 8 dimensions
     "pythia-14m": NeoX(128, 6, 4),
     "pythia-31m": NeoX(256, 6, 8),
     "pythia-70m": NeoX(512, 6, 8),
