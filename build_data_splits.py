@@ -17,16 +17,11 @@ import fcntl
 import functools
 import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +35,7 @@ from lm.files import sha256, whole_folder, write_json
 from lm.graph_search import Task
 from lm.graph_text import describe, prompt_digest
 from lm.splits import FORMAT, SETS, check_files, identify, read_meta, splits_folder
+from lm.workers import worker_pool
 from synthetic import SyntheticExamples
 
 CHUNK = 100  # rows that a process makes at a time
@@ -133,40 +129,13 @@ def make_chunk(args: Args, name: str, start: int) -> list[Row]:
     return make_rows(examples_of(args, name), start, min(CHUNK, args.sizes[name] - start))
 
 
-def start_worker() -> None:
-    """Let Ctrl-C end this process without a word, and end when the parent is gone, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-@contextmanager
-def worker_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes forked by a server that has imported everything once (torch takes seconds) and has no threads of ours."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["synthetic"])
-    pool = ProcessPoolExecutor(num_processes, context, start_worker)
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a process that made examples was killed, as happens when memory runs out: pass a smaller --num_processes"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def make_chunks(args: Args) -> Iterator[list[Row]]:
     """The chunks of all sets, in order; of those made ahead no more than two for each process wait in memory."""
     tasks = ((args, name, start) for name in SETS for start in range(0, args.sizes[name], CHUNK))
     if args.num_processes == 1:
         yield from (make_chunk(*task) for task in tasks)
         return
-    with worker_pool(args.num_processes) as pool:
+    with worker_pool(args.num_processes, "--num_processes", preload="synthetic") as pool:
         waiting = deque()
         for task in tasks:
             waiting.append(pool.submit(make_chunk, *task))

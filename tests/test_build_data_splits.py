@@ -369,7 +369,7 @@ def test_ctrl_c_ends_all_processes_at_once_with_one_line(tmp_path, external):
 
 def test_a_process_that_dies_is_said_and_nothing_is_left(tmp_path, external):
     args = small(tmp_path, generator=f"{external}:Dies", num_processes=2)
-    with pytest.raises(RuntimeError, match="^a process that made examples was killed, as happens when memory runs out: pass a"):
+    with pytest.raises(RuntimeError, match="^a worker was killed, as happens when memory runs out: pass a"):
         main(args)
     assert not folder_of(args).exists()
 

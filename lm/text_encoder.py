@@ -1,0 +1,88 @@
+"""Texts to token ids at the speed of the machine: gigatoken's where it gives Hugging Face's ids, else Hugging Face's.
+
+Hugging Face's ids are the truth. gigatoken (github.com/marcelroed/gigatoken) is tens of times faster and young, so documents
+are encoded by both and compared: a sample of them, or all. No transformers here: worker processes import this.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of some texts, one after another: text i has `ids[ends[i - 1]:ends[i]]`."""
+
+    ids: np.ndarray  # (tokens,) uint32
+    ends: np.ndarray  # (texts,) int64
+    num_compared: int  # texts encoded by both
+    differing: list[int]  # of these, the ones where the two differ; their ids are Hugging Face's
+
+
+class TextEncoder:
+    """Encodes texts as plain text: nothing is added, and a control token written in a text is only its characters.
+
+    Args:
+        tokenizer_json: what tokenizer.json holds.
+        fast: False uses Hugging Face's alone.
+
+    `name` says which encoder does the work, and `why_not_fast` why it is not gigatoken.
+    """
+
+    def __init__(self, tokenizer_json: str, fast: bool = True):
+        self._reference = Tokenizer.from_str(tokenizer_json)
+        self._reference.encode_special_tokens = True
+        self._reference.no_truncation()
+        self._reference.no_padding()
+        self._fast, self.why_not_fast = _load_fast(tokenizer_json) if fast else (None, "it was not asked for")
+        self.name = "tokenizers" if self._fast is None else "gigatoken"
+        self.name += f" {version(self.name)}"
+
+    def encode(self, texts: Sequence[str], compare: Sequence[int] = ()) -> Encoded:
+        """The ids of the texts, those whose indices are in `compare` encoded by both encoders."""
+        if self._fast is None:
+            ids = self._exact(texts)
+            return _joined(ids, len(texts), [])
+        import awkward as ak  # gigatoken brings it
+
+        found = self._fast.encode_batch(list(texts), parallel=False)
+        ends = np.cumsum(ak.to_numpy(ak.num(found)), dtype=np.int64)
+        flat = np.asarray(ak.to_numpy(ak.flatten(found)), np.uint32)
+        exact = dict(zip(compare, self._exact([texts[i] for i in compare]), strict=True))
+        differing = [i for i, ids in exact.items() if not np.array_equal(ids, _part(flat, ends, i))]
+        if not differing:
+            return Encoded(flat, ends, len(exact), [])
+        return _joined([exact.get(i, _part(flat, ends, i)) for i in range(len(texts))], len(exact), differing)
+
+    def _exact(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+def _load_fast(tokenizer_json: str):
+    """gigatoken's tokenizer, or None and the reason."""
+    try:
+        import gigatoken
+    except ImportError as error:
+        return None, f"gigatoken is not installed ({error})"
+    rules = json.loads(tokenizer_json)
+    # Without their entries, special tokens are plain text to it, as `encode_special_tokens` makes them to Hugging Face's.
+    rules["added_tokens"] = [token for token in rules.get("added_tokens") or [] if not token["special"]]
+    rules["post_processor"] = None
+    try:
+        return gigatoken.Tokenizer.from_json(json.dumps(rules)), None
+    except Exception as error:  # whatever a Rust library raises for what it does not know
+        return None, f"gigatoken does not load it ({str(error).splitlines()[0]:.200})"
+
+
+def _part(ids: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
+    return ids[ends[number - 1] if number else 0 : ends[number]]
+
+
+def _joined(ids: list[np.ndarray], num_compared: int, differing: list[int]) -> Encoded:
+    flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
+    return Encoded(flat, np.cumsum([len(part) for part in ids], dtype=np.int64), num_compared, differing)
