@@ -3,6 +3,7 @@
 JSON Lines (.jsonl, .json), Parquet and text (.txt, .md), the first and the last also compressed (.gz, .zst).
 """
 
+import functools
 import glob
 import io
 import json
@@ -29,6 +30,7 @@ class File:
     modified_ns: int | None = None
 
 
+@functools.lru_cache(maxsize=1024)  # asked for every document
 def kind_of(name: str) -> str | None:
     """ "jsonl", "parquet" or "text", by a file's name without its compression; None for all others."""
     path = Path(name)

@@ -1,4 +1,4 @@
-"""Worker processes of a builder: they start quickly, leave Ctrl-C to the builder, and never outlive it."""
+"""Worker processes of a builder: they start quickly, end at Ctrl-C without a word, and never outlive it."""
 
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ def worker_pool(
 
 
 def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_the_builder, daemon=True).start()
     if start is not None:
         start(*arguments)
