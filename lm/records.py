@@ -39,7 +39,7 @@ def records(file: str, start: int, stop: int | None, text_column: str, text_unit
         for number, content in contents:
             if content is None:
                 yield Record(file, number, None, f"longer than {MAX_DOCUMENT_BYTES // 2**20} MB")
-            elif kind != "jsonl" or content.strip():
+            elif kind == "parquet" or not number or content.strip():  # blank lines are between documents
                 yield Record(file, number, content)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):

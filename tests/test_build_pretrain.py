@@ -1,0 +1,534 @@
+"""build_pretrain.py: every token of every document once, in order, whoever packs and however often it is killed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub import hub
+from test_documents import compress, jsonl
+from text import byte_level_bpe, documents
+
+import lm.documents
+import lm.piece_packer
+import lm.shards
+from build_pretrain import Args, main
+from lm.corpus import find_files
+from lm.documents import cut
+from lm.documents import documents as read
+from lm.files import read_json, sha256
+from lm.shards import Pack
+from lm.tokenizer import encode_documents
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [f"{number} {text}" for number, text in enumerate(documents())]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_level_bpe(512).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """All documents in eight files of different formats."""
+    folder = tmp_path_factory.mktemp("corpus")
+    names = ["0.jsonl", "1.jsonl.gz", "2.parquet", "3.json.zst", "4.jsonl", "5.jsonl.gz", "6.parquet", "7.jsonl"]
+    for number, name in enumerate(names):
+        texts = TEXTS[number::8]
+        if name.endswith("parquet"):
+            pq.write_table(pa.table({"text": texts}), folder / name, row_group_size=5)
+        elif name.endswith(("gz", "zst")):
+            compress(folder / name, jsonl(texts))
+        else:
+            (folder / name).write_bytes(jsonl(texts))
+    return folder
+
+
+@pytest.fixture
+def args(tmp_path, corpus, tokenizer_dir) -> Args:
+    """All of the corpus in shards of about 6,400 tokens."""
+    return Args(
+        scratch_dir=str(tmp_path / "S"),
+        documents=(str(corpus),),
+        tokenizer=tokenizer_dir,
+        seq_len=64,
+        blocks_per_shard=100,
+        held_out_blocks=20,
+        num_workers=2,
+        shuffle_window=5,
+    )
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of a file each, and batches of 4 documents, in this process; workers are started by `inline`."""
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(lm.piece_packer, "BATCH_DOCUMENTS", 4)
+    inline(monkeypatch)
+
+
+def inline(monkeypatch):
+    """Let the packer's workers run in this process, so that what a test changes holds for them."""
+    import lm.packer
+
+    class Here:
+        def __init__(self, start, arguments):
+            start(*arguments)
+
+        def submit(self, call, *arguments):
+            from concurrent.futures import Future
+
+            future = Future()
+            try:
+                future.set_result(call(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+            return future
+
+    from contextlib import contextmanager
+
+    @contextmanager
+    def worker_pool(_num_workers, _flag, _preload, start, arguments):
+        yield Here(start, arguments)
+
+    monkeypatch.setattr(lm.packer, "worker_pool", worker_pool)
+
+
+def stream_of(args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """What the pack must hold, in the plainest way: held-out tokens and the tokens of the stream."""
+    from build_pretrain import reading_of
+    from lm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    reading = reading_of(args)
+    pieces = cut(find_files(args.documents), reading)
+    texts = [document.text for number, piece in enumerate(pieces) for document in read(piece, number, reading)]
+    ids = [[*ids, tokenizer.eos_token_id] for ids in encode_documents(tokenizer, texts)]
+    ends = np.cumsum([len(document) for document in ids])
+    held_out = int(np.searchsorted(ends, args.held_out_blocks * args.seq_len + 1)) + 1
+    return tuple(np.array(list(chain.from_iterable(part)), np.uint16) for part in (ids[:held_out], ids[held_out:]))
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a pack with its checksum, but for the locks."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
+
+
+def test_every_token_of_every_document_is_packed_once_in_order(args, small_pieces):
+    main(args)
+    held_out, stream = stream_of(args)
+    pack = Pack(args.folder)
+    assert pack.finished
+    assert len(pack.shards) > 10
+    packed = np.concatenate([np.fromfile(args.folder / shard["file"], "<u2") for shard in pack.shards])
+    np.testing.assert_array_equal(packed, stream)
+    np.testing.assert_array_equal(np.fromfile(args.folder / "held_out.bin", "<u2"), held_out)
+    meta = read_json(args.folder / "meta.json", "")
+    assert meta["num_tokens"] == len(stream)
+    assert meta["num_documents"] + meta["held_out"]["documents"] == len(TEXTS)
+    assert meta["num_blocks"] == (len(stream) - 1) // 64 == pack.num_blocks
+    assert meta["tokens_after_the_last_block"] == (len(stream) - 1) % 64
+    assert (meta["left_out"], meta["num_differing"]) == ({}, 0)
+
+
+def test_every_token_but_the_first_is_a_target_exactly_once(args, small_pieces):
+    main(args)
+    pack, stream = Pack(args.folder), stream_of(args)[1]
+    blocks = pack.blocks(range(pack.num_blocks))
+    assert blocks.shape == (pack.num_blocks, 65)
+    np.testing.assert_array_equal(blocks[:, 1:].flatten(), stream[1 : 1 + pack.num_blocks * 64])
+    np.testing.assert_array_equal(blocks[1:, 0], blocks[:-1, -1])
+    order = np.random.default_rng(0).permutation(pack.num_blocks)
+    np.testing.assert_array_equal(Pack(args.folder).blocks(order), blocks[order])
+    ends = np.cumsum([shard["tokens"] for shard in pack.shards])
+    assert any(end % 64 > 1 for end in ends[:-1])  # blocks do lie across shards
+    first = next(number for number in range(pack.num_blocks) if number * 64 >= ends[0])
+    assert pack.where(first) == f"shard_00001.bin token {first * 64 - ends[0]}"
+    assert pack.where(0) == "shard_00000.bin token 0"
+
+
+def test_blocks_longer_than_shards_are_read(args, small_pieces):
+    main(replace(args, blocks_per_shard=1, held_out_blocks=1))
+    pack = Pack(args.folder)
+    pack.seq_len = 8000
+    stream = np.concatenate([np.fromfile(pack.folder / shard["file"], "<u2") for shard in pack.shards])
+    assert len(pack.shards) > pack.num_blocks
+    np.testing.assert_array_equal(pack.blocks([0, 3, 7]), [stream[n * 8000 : n * 8000 + 8001] for n in (0, 3, 7)])
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_bytes_are_the_same_for_any_number_of_workers_and_tasks(args, tmp_path, num_workers, monkeypatch):
+    """Real processes; the pieces are whole files here."""
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 20_000)  # this process cuts, the workers are told the pieces
+    main(args)
+    other = replace(args, output_dir=str(tmp_path / "other"), num_workers=num_workers)
+    main(other)
+    assert content(other.folder) == content(args.folder)
+    shared = replace(args, output_dir=str(tmp_path / "shared"), num_workers=1)
+    for task in (2, 0, 1):
+        main(replace(shared, task=task, num_tasks=3))
+    assert not (shared.folder / "meta.json").exists()
+    main(replace(shared, join=True))
+    assert content(shared.folder) == content(args.folder)
+
+
+def test_a_join_without_all_tasks_names_what_is_missing_and_loses_nothing(args, small_pieces, tmp_path):
+    for task in (0, 2):
+        main(replace(args, task=task, num_tasks=3))
+    count = len(cut(find_files(args.documents), lm.documents.Reading(shuffle_window=5)))
+    missing = ", ".join(map(str, range(1, count, 3)))
+    with pytest.raises(RuntimeError, match=rf"lacks pieces {missing}.*: run the tasks again, all with the same --num_tasks"):
+        main(replace(args, join=True))
+    main(replace(args, task=1, num_tasks=3))
+    main(replace(args, join=True))
+    other = replace(args, output_dir=str(tmp_path / "other"))
+    main(other)
+    assert content(args.folder) == content(other.folder)
+
+
+def test_it_packs_what_the_steps_need_and_more_when_more_is_asked(args, small_pieces, tmp_path, capsys):
+    some = replace(args, total_steps=50, effective_batch=8)
+    main(some)
+    pack = Pack(some.folder)
+    assert 400 <= pack.num_blocks < 600
+    assert pack.target_blocks == 400
+    identity, first = pack.identity, content(some.folder)
+    main(some)
+    assert "is finished, nothing to do" in capsys.readouterr().out
+    assert content(some.folder) == first
+    main(replace(some, total_steps=100))
+    longer = Pack(some.folder)
+    assert longer.num_blocks >= 800
+    assert longer.identity == identity
+    assert {name: digest for name, digest in content(some.folder).items() if name.startswith("shard")}.items() >= {
+        name: digest for name, digest in first.items() if name.startswith("shard")
+    }.items()
+    main(args)
+    whole = replace(args, output_dir=str(tmp_path / "whole"))
+    main(whole)
+    assert content(args.folder) == content(whole.folder)
+
+
+def test_asked_for_more_than_there_is_it_packs_all_and_says_so(args, small_pieces, capsys):
+    main(replace(args, total_steps=10**6, effective_batch=32))
+    assert "warning: that is all the text there is, 32,000,000 blocks were asked for" in capsys.readouterr().out
+    np.testing.assert_array_equal(len(stream_of(args)[1]), Pack(args.folder).num_tokens)
+
+
+def command(args: Args, **environment: str) -> list[str]:
+    defaults = Args(scratch_dir="")
+    options = []
+    for name, value in vars(args).items():
+        if value != getattr(defaults, name):
+            options += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return [sys.executable, str(ROOT / "build_pretrain.py"), *options]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_continues_and_ends_with_the_same_bytes(tmp_path, tokenizer_dir):
+    (tmp_path / "source.jsonl").write_bytes(jsonl(TEXTS) * 250)  # 137 MB: three pieces of many shards
+    args = Args(
+        scratch_dir=str(tmp_path / "S"),
+        documents=(str(tmp_path / "source.jsonl"),),
+        tokenizer=tokenizer_dir,
+        seq_len=256,
+        blocks_per_shard=400,
+        held_out_blocks=4,
+        num_workers=2,
+    )
+    whole = replace(args, output_dir=str(tmp_path / "whole"))
+    assert subprocess.run(command(whole), capture_output=True).returncode == 0
+    draw, seen = random.Random(1), []
+    for _ in range(5):
+        process = subprocess.Popen(command(args), stdout=subprocess.DEVNULL, start_new_session=True)
+        before = packed_shards(args.folder)
+        while process.poll() is None and packed_shards(args.folder) <= before:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)  # the packer alone: its workers must not outlive it
+        process.wait()
+        seen.append(packed_shards(args.folder))
+    assert seen == sorted(set(seen)), seen
+    assert not (args.folder / "meta.json").exists()
+    assert subprocess.run(command(args), capture_output=True).returncode == 0
+    assert content(args.folder) == content(whole.folder)
+
+
+def packed_shards(folder: Path) -> int:
+    published = read_json(folder / "progress.json", "")["shards"] if (folder / "progress.json").exists() else []
+    known = {(shard["piece"], shard["records"][0]) for shard in published}
+    for path in (folder / "partial").glob("*/*.json"):
+        known.add((int(path.parent.name), read_json(path, "")["records"][0]))
+    return len(known)
+
+
+def test_shards_are_published_in_order_and_can_be_read_before_the_end(args, monkeypatch, small_pieces):
+    seen, stream = [], stream_of(args)[1]
+    from lm.packer import Packer
+
+    publish = Packer.publish
+
+    def watch(self):
+        publish(self)
+        pack = Pack(args.folder)
+        if not pack.finished and pack.num_blocks:
+            np.testing.assert_array_equal(pack.blocks([pack.num_blocks - 1])[0][1:], stream[1:][: pack.num_blocks * 64][-64:])
+            seen.append(pack.num_blocks)
+
+    monkeypatch.setattr(Packer, "publish", watch)
+    main(args)
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 4
+
+
+def test_held_out_text_of_other_files_leaves_the_corpus_whole(args, small_pieces, tmp_path):
+    (tmp_path / "held.jsonl").write_bytes(jsonl(TEXTS[:30]))
+    main(replace(args, held_out_documents=(str(tmp_path / "held.jsonl"),)))
+    meta = read_json(args.folder / "meta.json", "")
+    assert meta["num_documents"] == len(TEXTS)
+    assert meta["held_out"]["first_record"] == 0
+    pack = Pack(args.folder)
+    assert len(pack.held_out_blocks()) == 20 + (meta["held_out"]["tokens"] - 20 * 64 - 1) // 64
+    np.testing.assert_array_equal(pack.held_out_blocks()[:, 1:].flatten()[:500], pack._tokens(pack.held_out)[1:501])
+    with pytest.raises(ValueError, match=r"0.jsonl is among --documents and --held_out_documents: leave it out of one"):
+        main(replace(args, output_dir=str(tmp_path / "o"), held_out_documents=(str(Path(args.documents[0]) / "0.jsonl"),)))
+
+
+def test_too_little_held_out_text_is_said(args, small_pieces):
+    with pytest.raises(ValueError, match=r"the held-out text would be 64,001 tokens, .* has .*: pass fewer --held_out_blocks"):
+        main(replace(args, held_out_blocks=1000))
+
+
+# Bad documents
+
+
+def test_a_bad_document_ends_the_packing_or_is_counted(args, small_pieces, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jsonl").write_bytes(jsonl(TEXTS[:50]) + b'{"text": 7}\n{"text": ""}\nnot json\n' + jsonl(TEXTS[50:]))
+    compress(source / "b.jsonl.gz", jsonl(TEXTS[:9]))
+    (source / "b.jsonl.gz").write_bytes((source / "b.jsonl.gz").read_bytes()[:-300])
+    args = replace(args, documents=(str(source),), shuffle_window=0)
+    with pytest.raises(ValueError, match=r"a.jsonl line 51 is no document: no string \(7\); mend it, or pass --skip_bad_docum"):
+        main(args)
+    assert not (args.folder / "meta.json").exists()
+    main(replace(args, skip_bad_documents=True))
+    meta = read_json(args.folder / "meta.json", "")
+    read_of_b = meta["num_documents"] + meta["held_out"]["documents"] - len(TEXTS)
+    assert 0 <= read_of_b < 9
+    assert meta["left_out"] == {"damaged": 1, "empty": 1, "no string": 1, "not JSON": 1}
+    out = capsys.readouterr().out
+    assert f"a.jsonl line 51: no string (7)\n  {source}/a.jsonl line 53: not JSON (" in out
+    assert f"{source}/b.jsonl.gz line {read_of_b + 1}: damaged (" in out
+
+
+def test_an_empty_corpus_is_refused(args, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="the held-out text would be 1,281 tokens, .*a.jsonl .* has 0"):
+        main(replace(args, documents=(str(tmp_path / "a.jsonl"),)))
+    with pytest.raises(FileNotFoundError, match=r"no file .*\*.txt"):
+        main(replace(args, documents=(str(tmp_path / "*.txt"),)))
+
+
+def test_control_tokens_in_a_text_are_text(args, small_pieces, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["<|endoftext|>"] * 400))
+    main(replace(args, documents=(str(tmp_path / "a.jsonl"),), held_out_blocks=1))
+    tokens = np.fromfile(args.folder / "shard_00000.bin", "<u2")
+    assert (tokens == 0).sum() == read_json(args.folder / "meta.json", "")["num_documents"]
+
+
+# Other packs, other hands
+
+
+def test_another_pack_in_the_folder_is_refused_naming_what_differs(args, small_pieces, tmp_path):
+    main(args)
+    before = content(args.folder)
+    for change, named in {
+        "seq_len": (128, "seq_len: there 64, asked 128"),
+        "seed": (7, "reading.seed: there 0, asked 7"),
+        "verify": ("all", "verify: there 'sample', asked 'all'"),
+        "text_unit": ("line", "reading.text_unit: there 'file', asked 'line'"),
+    }.items():
+        with pytest.raises(ValueError, match=rf"holds other data \({named[1]}\): pass another --output_dir"):
+            main(replace(args, **{change: named[0]}))
+    folder = tmp_path / "other_tokenizer"
+    byte_level_bpe(300).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"holds other data \(vocab_size: .*tokenizer.fingerprint"):
+        main(replace(args, tokenizer=str(folder)))
+    assert content(args.folder) == before
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange/shard_00000.bin").write_bytes(b"??")
+    with pytest.raises(ValueError, match="strange holds shard_00000.bin, which is no pack"):
+        main(replace(args, output_dir=str(tmp_path / "strange")))
+
+
+def test_a_changed_file_is_noticed_when_the_packing_goes_on(args, small_pieces, tmp_path):
+    shutil.copytree(args.documents[0], tmp_path / "copy")
+    args = replace(args, documents=(str(tmp_path / "copy"),))
+    main(replace(args, total_steps=10, effective_batch=8))
+    with open(tmp_path / "copy/7.jsonl", "ab") as file:
+        file.write(jsonl(["more"]))
+    with pytest.raises(ValueError, match=r"holds other data \(source.files"):
+        main(args)
+
+
+def test_two_packers_on_one_folder_are_refused(args, small_pieces):
+    import fcntl
+
+    args.folder.mkdir(parents=True)
+    with open(args.folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for other in (args, replace(args, task=0, num_tasks=2)):
+            with pytest.raises(RuntimeError, match="another process is packing .*: wait for it, or stop it"):
+                main(other)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        main(replace(args, task=0, num_tasks=2))  # tasks share it
+        with pytest.raises(RuntimeError, match="another process is packing"):
+            main(replace(args, join=True))
+    main(replace(args, task=1, num_tasks=2))
+    main(replace(args, join=True))
+
+
+def test_wrong_arguments_are_named_together(tmp_path):
+    (tmp_path / "file").write_text("")
+    wrong = Args(
+        scratch_dir=str(tmp_path),
+        output_dir=str(tmp_path / "file"),
+        documents=("a",),
+        manifest=Path("b"),
+        seq_len=0,
+        num_tasks=3,
+        held_out_blocks=0,
+    )
+    with pytest.raises(ValueError, match="seq_len 0") as error:
+        main(wrong)
+    assert str(error.value).splitlines() == [
+        "--seq_len 0: at least 1 is needed",
+        "--held_out_blocks 0: at least 1 is needed",
+        "--documents and --manifest b: pass one of them",
+        "--num_tasks 3 without --task: pass which of them this is",
+        f"{tmp_path}/file is a file, a folder is needed: pass another --output_dir",
+    ]
+
+
+def test_full_disk_is_said_and_the_packing_continues_after_room_is_made(args, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        small = replace(args, output_dir=str(disk / "pack"), num_workers=1)
+        with pytest.raises(RuntimeError, match=r"the disk is full \(.*No space left.*\); what was packed in .* is kept"):
+            main(small)
+        assert not (disk / "pack/meta.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        main(small)
+        main(args)
+        assert content(disk / "pack") == content(args.folder)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+# The hub
+
+
+def test_c4_is_streamed_from_the_hub_and_no_more_of_it_than_is_needed(tmp_path, tokenizer_dir):
+    repo = tmp_path / "hub/datasets/allenai/c4"
+    (repo / "en").mkdir(parents=True)
+    for number in range(8):
+        compress(repo / f"en/c4-train.{number:05}-of-00008.json.gz", jsonl(TEXTS * 2))
+    compress(repo / "en/c4-validation.00000-of-00001.json.gz", jsonl(["held out"] * 3000))
+    data = [{"split": split, "path": f"en/c4-{split}.*.json.gz"} for split in ("train", "validation")]
+    configs = json.dumps({"configs": [{"config_name": "en", "data_files": data}]})
+    (repo / "README.md").write_text(f"---\n{configs}\n---\n")
+    target = tmp_path / "hub/models/EleutherAI/pythia-160m"
+    target.parent.mkdir(parents=True)
+    target.symlink_to(tokenizer_dir)
+    options = ["--scratch_dir", tmp_path / "S", "--total_steps", "100", "--effective_batch", "8", "--seq_len", "256"]
+    options += ["--blocks_per_shard", "100", "--num_workers", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with hub(tmp_path / "hub") as server:
+        ran = subprocess.run(
+            [sys.executable, "build_pretrain.py", *map(str, options)],
+            cwd=ROOT,
+            env=environment | {"HF_ENDPOINT": server.url},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        opened = {path for method, path in server.asked if path.endswith(".gz") and method == "GET"}
+    folder = tmp_path / "S/data/c4_packed"
+    meta = read_json(folder / "meta.json", "")
+    assert 800 <= meta["num_blocks"] < 2000
+    assert meta["header"]["source"]["num_files"] == 8
+    assert meta["about"]["first_file"].startswith("hf://datasets/allenai/c4@0123456789abcdef")
+    assert meta["held_out"]["documents"] > 1000
+    assert len([path for path in opened if "train" in path]) < 4
+    pack = Pack(folder)
+    texts = byte_level_bpe(512).decode(pack.blocks([0])[0])
+    assert any(text[:50] in texts for text in TEXTS)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta.update(format="shards-0"), "meta.json has format 'shards-0', 'shards-1' is needed"),
+        (lambda meta: meta["header"].pop("seq_len"), "meta.json header has seq_len None, int is needed"),
+        (lambda meta: meta["header"].update(dtype="int8"), "meta.json has dtype 'int8'"),
+        (lambda meta: meta["shards"][1].update(tokens="7"), "meta.json shard 1 has tokens '7', int is needed"),
+        (lambda meta: meta.update(shards=[3]), "meta.json shard 0 is 3, an object is needed"),
+        (lambda meta: meta["shards"][1].update(tokens=3), r"shard_00001.bin has \d+ bytes, 6 are needed for 3 tokens"),
+        (lambda meta: meta["shards"][1].update(file="x.bin"), "x.bin is missing"),
+        (lambda meta: meta["held_out"].update(tokens=1), r"held_out.bin has \d+ bytes, 2 are needed"),
+    ],
+)
+def test_a_meta_that_is_wrong_is_named(args, small_pieces, change, message):
+    main(args)
+    meta = read_json(args.folder / "meta.json", "")
+    change(meta)
+    (args.folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=f"{message}.*: remove the folder and run build_pretrain.py again"):
+        Pack(args.folder)
+
+
+def test_a_flipped_byte_in_a_shard_is_named_when_it_is_first_read(args, small_pieces):
+    main(args)
+    path = args.folder / "shard_00002.bin"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    pack = Pack(args.folder)
+    ends = np.cumsum([shard["tokens"] for shard in pack.shards])
+    pack.blocks(range((ends[1] - 1) // 64 - 1))
+    with pytest.raises(ValueError, match=r"shard_00002.bin has changed: its SHA-256 is .*: remove the folder"):
+        pack.blocks([ends[1] // 64 + 1])
+    with pytest.raises(ValueError, match="shard_00002.bin has changed"):
+        Pack(args.folder).verify()
+
+
+def test_no_pack_and_another_block_size_are_said(args, small_pieces, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no .*/meta.json and no progress.json: run build_pretrain.py"):
+        Pack(tmp_path / "none")
+    main(args)
+    assert Pack(args.folder, 64).seq_len == 64
+    with pytest.raises(ValueError, match=r"--seq_len 128, but .* has blocks of 64 \+ 1 tokens: pass --seq_len 64"):
+        Pack(args.folder, 128)
