@@ -75,7 +75,7 @@ class Args:
     tokenizer: str = "EleutherAI/pythia-160m"
     """A folder with tokenizer.json, or a hub name; fetch_samples.py writes the same one to samples/tokenizer_neox."""
     verify: Literal["sample", "all"] = "sample"
-    """Documents encoded by Hugging Face's tokenizers too: one of 500 and the first 16 of each piece, or all."""
+    """Documents encoded by Hugging Face's tokenizers too: one of 500 and the first 4 of each piece, or all."""
     seq_len: int = 2048
     """Targets in a block; a block is one token longer."""
     total_steps: int | None = None

@@ -24,7 +24,7 @@ from lm.sources import disk_full
 from lm.text_encoder import TextEncoder
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**20  # encoded at once: whichever is reached first
-COMPARED_FIRST, COMPARED_EVERY = 16, 500  # documents of a piece that both encoders encode
+COMPARED_FIRST, COMPARED_EVERY = 4, 500  # documents of a piece that both encoders encode
 PLACES = 5  # of left out documents that a shard remembers
 ATTEMPTS = 5  # at a piece that lies on the hub
 MADE_BY = "build_pretrain.py"

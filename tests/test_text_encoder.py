@@ -13,23 +13,9 @@ from lm.text_encoder import TextEncoder
 from lm.tokenizer import encode_documents, load_tokenizer
 
 AWKWARD = [
-    "",
-    " ",
-    "a",
-    "\n\n \t",
-    "<|endoftext|>",
-    "a<|padding|>b",
-    "naïve café — “quoted” 中文 🙂",
-    "e\u0301 \u1e9b\u0323",
-    "\0\x7f",
-]
-AWKWARD += [
-    "  def f(x):\n        return x\n",
-    "1234567 3.14 1,000",
-    "don't they'll I'M",
-    "x" * 5000,
-    "\ufeffBOM",
-    "A\u00a0B\u3000C",
+    *("", " ", "a", "\n\n \t", "<|endoftext|>", "a<|padding|>b", "\0\x7f", "x" * 5000, "  def f(x):\n        return x\n"),
+    *("naïve café — “quoted” 中文 🙂", "e\u0301 \u1e9b\u0323", "\ufeffBOM", "A\u00a0B\u3000C"),
+    *("1234567 3.14 1,000", "don't they'll I'M"),
 ]
 
 
