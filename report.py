@@ -2,14 +2,18 @@
 
     python report.py ergodic runs          # how loss falls with context when K categories are mixed (train.py --K)
     python report.py curriculum S/pptrain  # what each stage of pre-pretraining took, also while the run goes on (pptrain.py)
+    python report.py pretrain S/random S/pretrain --output_dir S/report  # what pre-pretraining saved in tokens (pretrain.py)
 
 `ergodic` compares every mixture with the K = 1 runs on its categories, window by window (lm/excess.py says what can be
-expected of the difference).
+expected of the difference). `pretrain` compares runs with the first one named at equal tokens of text (lm/token_savings.py
+says what is called saved, and when that means little); runs that differ in their seed alone are averaged.
 
 Reads   RUN/run.json, RUN/evaluation/CHECKPOINT_SPLIT.json and .npz of every run below the folder (evaluate_model.py context)
         RUN/{run.json, events.jsonl, logs/{train,eval}.jsonl, evaluation/*_search_*.json} of every run named (`curriculum`)
+        RUN/{run.json, logs/{train,eval}.jsonl} of every run named (`pretrain`)
 Writes  report/{context_loss,excess,loss_against_k}.png, report.json and report.md in the folder
         report/{curriculum.png, curriculum.json, curriculum.jsonl} in the run's folder, a line of the latter for each stage
+        report/{pretrain.png, pretrain.json, pretrain.jsonl} likewise, a line of the latter for each evaluation
 """
 
 import json
@@ -26,7 +30,19 @@ from lm.curriculum import Course, read_course, rows_for_screen, search_lines, st
 from lm.files import whole_file, write_json
 from lm.measure import bin_centres, context_bins
 from lm.mixtures import Result, analyse, by_K, find_results
-from lm.plots import Curve, Points, Trail, context_loss_figure, curriculum_figure, excess_figure, loss_against_k_figure
+from lm.plots import (
+    Curve,
+    Panel,
+    Points,
+    Trail,
+    context_loss_figure,
+    curriculum_figure,
+    excess_figure,
+    loss_against_k_figure,
+    tokens_figure,
+)
+from lm.pretraining import Pretraining, Setting, by_setting, column, differences, read_pretrainings
+from lm.token_savings import compare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +65,30 @@ class Curriculum:
     """Folders of pptrain.py, finished or not."""
     output_dir: Path | None = None
     """Where results go; default RUN/report, needed for several runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """What pre-pretraining saved in tokens of text: runs against the first one, at equal tokens."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of pretrain.py, finished or not; the first is the baseline."""
+    output_dir: Path | None = None
+    """Where results go; default RUN/report, needed for several runs."""
+
+
+def report_folder(args: Curriculum | Pretrain, made_by: str) -> Path:
+    """Where the results of these runs go."""
+    if len(args.runs) != 1 and (not args.runs or args.output_dir is None):
+        needed = "--output_dir is needed: pass it" if args.runs else f"a folder of {made_by} is needed: pass one or more"
+        raise ValueError(f"{len(args.runs)} runs, {needed}")
+    return args.output_dir or args.runs[0] / "report"
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write each row as a line of JSON."""
+    with whole_file(path) as partial:
+        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def draw(folder: Path, summary: dict[int, dict[str, Any]], num_positions: int) -> list[Path]:
@@ -193,15 +233,11 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 def curriculum(args: Curriculum) -> None:
     """Read, draw, write, and say where each run is."""
-    if len(args.runs) != 1 and (not args.runs or args.output_dir is None):
-        needed = "--output_dir is needed: pass it" if args.runs else "a folder of pptrain.py is needed: pass one or more"
-        raise ValueError(f"{len(args.runs)} runs, {needed}")
-    courses = [read_course(folder) for folder in args.runs]
-    folder = args.output_dir or args.runs[0] / "report"
+    folder = report_folder(args, "pptrain.py")
+    courses = [read_course(run) for run in args.runs]
     stages = [{"run": str(course.folder), **row} for course in courses for row in stages_passed(course)]
     curriculum_figure(folder / "curriculum.png", [trail(course) for course in courses])
-    with whole_file(folder / "curriculum.jsonl") as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in stages), encoding="utf-8")
+    write_lines(folder / "curriculum.jsonl", stages)
     about = [{"run": str(course.folder), **whereabouts(course), "searches": course.searches} for course in courses]
     write_json(folder / "curriculum.json", {"runs": about, "stages": stages})
     for course in courses:
@@ -232,9 +268,127 @@ def trail(course: Course) -> Trail:
     )
 
 
+STEEP = 0.05  # of the tokens; in the first of them the loss falls from ln(vocabulary) to near where it ends
+
+
+def rows_of_savings(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What `compare` found as cells of a table, its head first."""
+    head = ["runs", "begun from", "mixin", "C4 tokens", "C4 loss", "at equal tokens", "difference", "tokens saved"]
+    cells = [[*head, "right answers", "state"]]
+    for row in rows:
+        begun = "/".join(Path(row["pptrain_checkpoint"]).parts[-3:]) if row["pptrain_checkpoint"] else "random weights"
+        losses = [_text(*row[key]) for key in ("c4_loss", "c4_loss_at_equal_tokens", "difference")]
+        answers = "-" if np.isnan(row["heldout_acc"][0]) else _text(*row["heldout_acc"])
+        state = "finished" if row["finished"] else f"step {row['step']:,} of {row['total_steps']:,}"
+        first = [row["setting"], begun, f"{row['mixin_percent']:g}", f"{row['c4_tokens']:,}"]
+        cells.append([*first, *losses, _saved(row, rows[0]), answers, state])
+    return cells
+
+
+def _saved(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    if row is baseline:
+        return "baseline"
+    if row["tokens_saved"] is None:
+        return "not reached"
+    share = f" ({row['tokens_saved'] / baseline['reached_at']:.0%})" if baseline["reached_at"] else ""
+    return f"{row['tokens_saved']:,.0f}{share}"
+
+
+def held_out_curves(setting: Setting) -> dict[str, Any]:
+    """Everything that was measured on held-out data, against tokens of C4, for JSON."""
+    keys = ("c4_loss", "heldout_acc", "heldout_loss")
+    curves = {key: setting.curve(key, setting.last_tokens) for key in keys}
+    return {"c4_tokens": curves["c4_loss"][0].tolist()} | _plain({key: curve[1:] for key, curve in curves.items()})
+
+
+def panels(settings: Sequence[Setting]) -> list[Panel]:
+    """Loss on text and right answers; below them the difference to the baseline and the loss on answers.
+
+    A run's loss on synthetic rows while it trains is over the questions too, so it is not drawn beside that on answers.
+    """
+
+    def curves(key: str) -> list[Curve]:
+        found = [setting.curve(key, setting.last_tokens) for setting in settings]
+        return [Curve(label=of.label, x=x, mean=mean, se=se) for of, (x, mean, se) in zip(settings, found, strict=True)]
+
+    def training(key: str, window: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        return [[trained(run, key, window) for run in setting.runs] for setting in settings]
+
+    loss, versus = curves("c4_loss"), [against(settings[0], setting) for setting in settings]
+    right = {"y_label": "share of right answers", "y_limits": (-0.04, 1.04)}
+    return [
+        Panel(y_label="loss on C4 (nats per token)", curves=loss, training=training("loss_c4", 1), y_limits=late(loss)),
+        Panel(**right, curves=curves("heldout_acc"), training=training("synthetic_acc", 20)),  # few a record: smoothed
+        Panel(y_label="loss on C4, less the baseline's", curves=versus),
+        Panel(y_label="loss on answers (nats per token)", curves=curves("heldout_loss")),
+    ]
+
+
+def late(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Limits that hold the curves but for the first twentieth, which is so steep that nothing else would be seen."""
+    since = STEEP * max(curve.x[-1] for curve in curves)
+    values = np.concatenate([curve.mean[curve.x >= since] for curve in curves])
+    margin = 0.05 * np.ptp(values)
+    return (values.min() - margin, values.max() + margin) if margin > 0 else None
+
+
+def trained(run: Pretraining, key: str, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of C4 and a training measure, both averaged over `window` records that have it."""
+    records = [record for record in run.train if record[key] is not None]
+    if len(records) < window:
+        return np.empty(0), np.empty(0)
+    weights = np.full(window, 1 / window)
+    return tuple(np.convolve(values, weights, "valid") for values in (run.tokens(records), column(records, key)))
+
+
+def against(baseline: Setting, setting: Setting) -> Curve:
+    """The held-out loss on text less the baseline's, as far as both have come, without the steep beginning.
+
+    There, a line between two evaluations of the baseline is far above its curve.
+    """
+    until = min(baseline.last_tokens, setting.last_tokens)
+    x, mean, se = setting.curve("c4_loss", until)
+    tokens, other, other_se = baseline.curve("c4_loss", until)
+    difference = mean - np.interp(x, tokens, other)
+    error = se if setting is baseline else np.hypot(se, np.interp(x, tokens, other_se))
+    shown = x >= STEEP * until
+    return Curve(label=setting.label, x=x[shown], mean=difference[shown], se=error[shown])
+
+
+def pretrain(args: Pretrain) -> None:
+    """Read, compare, draw, write, and say what was saved."""
+    folder = report_folder(args, "pretrain.py")
+    runs = read_pretrainings(args.runs)
+    begun = [run for run in runs if run.held_out]
+    remarks = [f"left out: {run.folder} has no evaluation yet" for run in runs if not run.held_out]
+    if not begun:
+        raise ValueError(
+            "\n".join([*remarks, "no evaluated run, one is needed: wait for the evaluation before its first step"])
+        )
+    settings = by_setting(begun)
+    remarks += [f"{of.label}: {', '.join(run.label for run in of.runs)}" for of in settings if len(of.runs) > 1]
+    remarks += differences(begun)
+    equal, rows = compare(settings)
+    tokens_figure(folder / "pretrain.png", panels(settings))
+    plain = [_plain(row) for row in rows]
+    curves = [{"setting": setting.label, **held_out_curves(setting)} for setting in settings]
+    write_json(folder / "pretrain.json", {"equal_tokens": equal, "settings": plain, "curves": curves, "notes": remarks})
+    write_lines(
+        folder / "pretrain.jsonl",
+        [
+            {"run": str(run.folder), "c4_tokens": int(tokens), **record}
+            for run in begun
+            for tokens, record in zip(run.tokens(run.held_out), run.held_out, strict=True)
+        ],
+    )
+    print("\n".join([*remarks, markdown(rows_of_savings(rows))]))
+    print(f"baseline: {rows[0]['setting']}, named first; equal tokens: {equal:,} of C4, which all runs have reached")
+    print(f"figure: {folder / 'pretrain.png'}, results: {folder / 'pretrain.json'}, {folder / 'pretrain.jsonl'}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Answer the experiment that the first argument names."""
-    run_command({"ergodic": (Ergodic, ergodic), "curriculum": (Curriculum, curriculum)}, argv)
+    run_command({"ergodic": (Ergodic, ergodic), "curriculum": (Curriculum, curriculum), "pretrain": (Pretrain, pretrain)}, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The course of a pre-pretraining run, read from its records: the stages it passed, and where it is."""
 
-import json
 import math
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lm.files import read_json
+from lm.run_records import is_finished, read_run, whole_lines
 from lm.search_evaluation import read_search
 
 MADE_BY = "pptrain.py"
@@ -40,29 +39,10 @@ def read_course(folder: Path) -> Course:
 
     Raises: FileNotFoundError if there is no run; ValueError if it is of another trainer, or a record cannot be read.
     """
-    if not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"no run in {folder}: pass the folder that {MADE_BY} wrote, SCRATCH_DIR/pptrain by default")
-    run = read_json(folder / "run.json", MADE_BY)
-    if "K" in run["args"]:
-        raise ValueError(f"{folder} is a run of train.py, one of {MADE_BY} is needed: pass its runs to report.py ergodic")
-    if "curr_threshold" not in run["args"]:
-        raise ValueError(f"{folder} is a run of {run.get('script')}, one of {MADE_BY} is needed: pass another folder")
+    run = read_run(folder, MADE_BY)
     searches = [read_search(path) | {"name": path.stem} for path in sorted((folder / "evaluation").glob("*_search_*.json"))]
-    train, held_out = (_whole_lines(folder / "logs" / name, "step") for name in ("train.jsonl", "eval.jsonl"))
-    return Course(folder, run, train, held_out, _whole_lines(folder / "events.jsonl", "event"), searches)
-
-
-def _whole_lines(path: Path, key: str) -> list[dict[str, Any]]:
-    """The records of a file, if there is one, without the half line that a run leaves while it writes, or when it is killed."""
-    rows = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1][key]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} line {number} is no record ({line!r:.80}): mend or remove that line") from None
-    return rows
+    train, held_out = (whole_lines(folder / "logs" / name, "step") for name in ("train.jsonl", "eval.jsonl"))
+    return Course(folder, run, train, held_out, whole_lines(folder / "events.jsonl", "event"), searches)
 
 
 def next_stage(stage: int, stage_step: int, last: int) -> int:
@@ -115,12 +95,11 @@ def whereabouts(course: Course) -> dict[str, Any]:
     stage = course.train[-1]["stage"] if course.train else args["start_stage"]
     if course.passed and course.passed[-1]["step"] == step:
         stage = next_stage(course.passed[-1]["stage"], args["stage_step"], stages)
-    about = course.folder / "final/about.json"
     return {
         "stage": stage,
         "stages": stages,
         "step": step,
-        "finished": about.is_file() and read_json(about, MADE_BY)["step"] >= step,
+        "finished": is_finished(course.folder, step, MADE_BY),
         "too_long": course.train[-1]["too_long"] if course.train else 0,
     }
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lm.files import whole_file
 
@@ -34,7 +34,7 @@ class Curve:
 
     label: str
     x: np.ndarray
-    """Tokens of context."""
+    """Tokens of context, or trained on."""
     mean: np.ndarray
     se: np.ndarray
     """NaN where it is not known."""
@@ -68,6 +68,19 @@ class Trail:
     heldout_step: np.ndarray
     heldout_accuracy: np.ndarray
     heldout_loss: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One quantity of several settings against tokens of text."""
+
+    y_label: str
+    curves: Sequence[Curve]
+    """Measured on held-out data, one for each setting; NaN where it was not measured."""
+    training: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]] = ()
+    """For each setting the tokens and values of each of its runs while it trained."""
+    y_limits: tuple[float, float] | None = None
+    """What is shown; None shows everything."""
 
 
 @contextmanager
@@ -218,6 +231,28 @@ def curriculum_figure(path: Path, trails: Sequence[Trail]) -> None:
             loss.yaxis.set_minor_locator(NullLocator())
         loss.set_xlabel("optimizer step")
         loss.figure.align_ylabels()
+
+
+def tokens_figure(path: Path, panels: Sequence[Panel]) -> None:
+    """Four panels against tokens of text, the second row below the first, a colour for each setting."""
+    with figure(path, columns=2, rows=2, width=12.0, height=7.5) as all_axes:
+        for axes, panel in zip(all_axes, panels, strict=True):
+            for number, curve in enumerate(panel.curves):
+                color = _color(number, len(panel.curves), ordered=False)
+                for x, y in panel.training[number] if panel.training else ():
+                    axes.plot(x, y, color=color, alpha=0.3, lw=0.8)
+                axes.plot(curve.x, curve.mean, "o-", color=color, ms=2.5, lw=1.3, label=curve.label)
+                axes.fill_between(curve.x, curve.mean - curve.se, curve.mean + curve.se, color=color, alpha=0.2, lw=0)
+            axes.set(ylabel=panel.y_label, ylim=panel.y_limits)
+            if not any(np.isfinite(curve.mean).any() for curve in panel.curves):
+                axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
+        fig = all_axes[0].figure
+        handles, labels = all_axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside upper left", ncols=2, title="dots: held-out data, faint: training data")
+        for axes in all_axes[2:]:
+            axes.set(xlabel="tokens of C4", xlim=all_axes[0].get_xlim())
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        fig.align_ylabels()
 
 
 def _key(axes: Axes, styles: dict[str, str]) -> None:
