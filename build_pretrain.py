@@ -58,7 +58,7 @@ class Args:
     split: str = "train"
     """Its split."""
     held_out_split: str = "validation"
-    """Its split that the held-out text comes from."""
+    """Its split that the held-out text comes from; "" takes it from the beginning of --split, where it is not packed."""
     documents: tuple[str, ...] = ()
     """Files, folders or patterns instead of the hub dataset."""
     manifest: Path | None = None
@@ -155,8 +155,9 @@ class Corpus:
 def find_corpus(args: Args) -> Corpus:
     """Look for all files. Raises: FileNotFoundError, ValueError or RuntimeError if there are none, or of an unknown kind."""
     if not args.is_local:
-        of = (args.dataset, args.dataset_config)
-        files, held_out = (hub_files(*of, split, args.dataset_revision) for split in (args.split, args.held_out_split))
+        of = (args.dataset, args.dataset_config, args.dataset_revision)
+        files = hub_files(*of, args.split, "--split")
+        held_out = hub_files(*of, args.held_out_split, "--held_out_split") if args.held_out_split else []
         return Corpus(files, held_out, {"dataset": args.dataset, "config": args.dataset_config, "first_file": files[0].name})
     files = read_manifest(args.manifest) if args.manifest else find_files(args.documents)
     held_out = find_files(args.held_out_documents) if args.held_out_documents else []
@@ -225,7 +226,8 @@ def begin(args: Args, job: Job, header: dict, corpus: Corpus, tokenizer) -> Pack
     if found is not None:
         refuse_other(found[0]["header"], header, args.folder)
         return Packer(args.folder, found[0], job)
-    if strangers := [path.name for path in args.folder.iterdir() if not path.name.startswith(".")]:
+    ours = ("held_out.bin", "tokenizer")  # a run that was killed before progress.json began with these
+    if strangers := [path.name for path in args.folder.iterdir() if path.name not in ours and not path.name.startswith(".")]:
         raise ValueError(f"{args.folder} holds {strangers[0]}, which is no pack: pass another --output_dir, or remove it")
     held_out = write_held_out(args, job, corpus)
     for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is

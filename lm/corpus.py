@@ -94,8 +94,8 @@ def _local(names: Sequence[str]) -> list[File]:
     return [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
 
 
-def hub_files(dataset: str, config: str | None, split: str, revision: str | None) -> list[File]:
-    """The files of a split of a hub dataset, as addresses that name the commit; nothing is downloaded yet.
+def hub_files(dataset: str, config: str | None, revision: str | None, split: str, flag: str) -> list[File]:
+    """The files of the split that `flag` asks for, as addresses that name the commit; nothing is downloaded yet.
 
     Raises: RuntimeError if the hub does not give the dataset; ValueError if it has no such split, or files of an unknown kind.
     """
@@ -110,7 +110,7 @@ def hub_files(dataset: str, config: str | None, split: str, revision: str | None
             " pass local files with --documents"
         ) from error
     if split not in files:
-        raise ValueError(f"{dataset} has no split {split} (found: {', '.join(files)}): pass another --split")
+        raise ValueError(f"{dataset} has no split {split} (found: {', '.join(files)}): pass another {flag}")
     names = [str(name) for name in files[split]]
     if unknown := [name for name in names if not kind_of(name)]:
         raise ValueError(f"{unknown[0]} is of no kind that can be read ({', '.join(KINDS)}): pass another --dataset")

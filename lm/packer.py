@@ -54,10 +54,13 @@ class Packer:
         """Pack so many blocks, or all there are; whether there are enough already, in a pack that is finished."""
         asked, self.state["target_blocks"] = self.state["target_blocks"], blocks
         is_finished = (self.folder / "meta.json").exists()
-        if not (is_finished and self.enough) and (is_finished or asked != blocks):
+        if is_finished and self.enough:
+            self._tidy()
+            return True
+        if is_finished or asked != blocks:
             self.save()
             (self.folder / "meta.json").unlink(missing_ok=True)
-        return is_finished and self.enough
+        return False
 
     def publish(self) -> None:
         """Move up every finished shard that follows those published, until there are enough."""
@@ -165,9 +168,12 @@ class Packer:
         meta |= {"num_blocks": num_blocks, "left_out": dict(sorted(left_out.items()))}
         meta |= {"tokens_after_the_last_block": self.tokens - 1 - num_blocks * seq_len if num_blocks else self.tokens}
         write_json(self.folder / "meta.json", meta)
-        (self.folder / "progress.json").unlink()
-        shutil.rmtree(self.job.partial, ignore_errors=True)
+        self._tidy()
         return meta
+
+    def _tidy(self) -> None:
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        shutil.rmtree(self.job.partial, ignore_errors=True)
 
 
 _worker: PiecePacker | None = None

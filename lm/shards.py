@@ -135,11 +135,13 @@ def _wrong(found: str) -> ValueError:
 
 def read_state(folder: Path) -> tuple[dict[str, Any], bool] | None:
     """What meta.json says and True, else what progress.json says and False, else None."""
-    for name, finished in (("meta.json", True), ("progress.json", False), ("meta.json", True)):  # it may end as we look
-        if (folder / name).is_file():
+    for name, finished in (("meta.json", True), ("progress.json", False), ("meta.json", True)):  # it may finish as we look
+        try:
             state = read_json(folder / name, MADE_BY)
-            _check_state(folder / name, state)
-            return state, finished
+        except FileNotFoundError:
+            continue
+        _check_state(folder / name, state)
+        return state, finished
     return None
 
 

@@ -269,6 +269,41 @@ def test_killed_at_any_moment_it_continues_and_ends_with_the_same_bytes(tmp_path
     assert content(args.folder) == content(whole.folder)
 
 
+def test_killed_between_any_two_files_it_continues(args, small_pieces, tmp_path, monkeypatch):
+    """The packer alone, killed before and after each of its own changes to the folder: held-out text, moves, records."""
+    import build_pretrain
+    import lm.packer
+
+    class Killed(BaseException):
+        pass
+
+    whole = replace(args, output_dir=str(tmp_path / "whole"))
+    main(whole)
+    places = [(build_pretrain, "write_held_out"), (lm.packer, "write_json")]
+    places += [(lm.packer.os, "replace"), (lm.packer.Packer, "_tidy")]
+    for module, name in places:
+        for count in (1, 2, 9):
+            for after in (False, True):
+                calls, real = [0], getattr(module, name)
+
+                def kill(*arguments, real=real, calls=calls, count=count, after=after):
+                    calls[0] += 1
+                    done = real(*arguments) if calls[0] != count or after else None
+                    if calls[0] == count:
+                        raise Killed
+                    return done
+
+                killed = replace(args, output_dir=str(tmp_path / f"{name}{count}{after}"))
+                with monkeypatch.context() as patch:
+                    patch.setattr(module, name, kill)
+                    try:
+                        main(killed)
+                    except Killed:
+                        assert calls[0] == count
+                main(killed)
+                assert content(killed.folder) == content(whole.folder), (name, count, after)
+
+
 def packed_shards(folder: Path) -> int:
     published = read_json(folder / "progress.json", "")["shards"] if (folder / "progress.json").exists() else []
     known = {(shard["piece"], shard["records"][0]) for shard in published}

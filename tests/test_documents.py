@@ -264,4 +264,4 @@ def test_the_digest_tells_a_changed_file_but_not_a_moved_folder(tmp_path):
 
 def test_a_hub_dataset_out_of_reach_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"the hub gave no dataset 'allenai/c4' \(en\) .*: connect to the hub"):
-        hub_files("allenai/c4", "en", "train", None)
+        hub_files("allenai/c4", "en", None, "train", "--split")
