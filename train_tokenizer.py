@@ -14,7 +14,7 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -44,8 +44,9 @@ class Args:
     """Folder of the tokenizer; it must be new, empty, or hold what this very command made."""
     vocab_size: int = 4096
     """Number of ids, special tokens included (at least 258)."""
-    column: str = "text"
-    """Where a row of .jsonl or .parquet has its text (input_text in what build_data_splits.py writes)."""
+    column: tuple[str, ...] = ("text",)
+    """Where a row of .jsonl or .parquet has its text: the first of these that it has (that of build_data_splits.py has
+    input_text)."""
 
 
 def find_files(inputs: Iterable[Path]) -> list[Path]:
@@ -67,13 +68,13 @@ def find_files(inputs: Iterable[Path]) -> list[Path]:
     return files
 
 
-def read_texts(path: Path, column: str = "text") -> Iterator[str]:
+def read_texts(path: Path, columns: Sequence[str] = ("text",)) -> Iterator[str]:
     """The documents of one file, one at a time.
 
     Raises: ValueError naming file and line (parquet: row) of a document that is missing or no text, and an empty file.
     """
     number = 0
-    rows = _read_parquet(path, column) if path.suffix == ".parquet" else _read_lines(path, column)
+    rows = _read_parquet(path, columns) if path.suffix == ".parquet" else _read_lines(path, columns)
     for number, text in enumerate(rows, 1):
         check_text(text, f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}")
         yield text
@@ -81,42 +82,49 @@ def read_texts(path: Path, column: str = "text") -> Iterator[str]:
         raise ValueError(f"{path} is empty, text is needed: leave it out, or let what writes it finish")
 
 
-def _read_lines(path: Path, column: str) -> Iterator[Any]:
-    """The lines of a .txt file with their ends, or one column of a .jsonl file."""
+def _read_lines(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """The lines of a .txt file with their ends, or of each row of a .jsonl file the first column that it has."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if path.suffix == ".txt":
                     yield line.decode()
                 else:
-                    yield json.loads(line)[column]
+                    row = json.loads(line)
+                    yield row[next((column for column in columns if column in row), columns[0])]
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} line {number} is not UTF-8 ({error}): convert the file") from None
             except ValueError as error:
                 raise ValueError(f"{path} line {number} is not JSON ({error}): make the file again") from None
             except (KeyError, TypeError, IndexError):
-                raise ValueError(f'{path} line {number} is {line[:60]!r}, an object with "{column}" is needed') from None
+                needed = " or ".join(f'"{column}"' for column in columns)
+                raise ValueError(f"{path} line {number} is {line[:60]!r}, an object with {needed} is needed") from None
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[Any]:
-    """The values of one column, few rows in memory at once."""
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """The values of the first of these columns that there is, few rows in memory at once."""
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file ({error}): make or download it again") from None
     with file:
-        if column not in file.schema_arrow.names:
-            raise ValueError(f'{path} has columns {file.schema_arrow.names}, "{column}" is needed: pass --column')
+        names = file.schema_arrow.names
+        column = next((column for column in columns if column in names), None)
+        if column is None:
+            needed = " or ".join(f'"{column}"' for column in columns)
+            raise ValueError(f"{path} has columns {names}, {needed} is needed: pass --column")
         for batch in file.iter_batches(batch_size=64, columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
-def train(files: list[Path], vocab_size: int, num_documents: Counter[Path], column: str = "text") -> PreTrainedTokenizerFast:
+def train(
+    files: list[Path], vocab_size: int, num_documents: Counter[Path], columns: Sequence[str] = ("text",)
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with GPT-NeoX's normaliser and pre-tokeniser; counts each file's documents on the way."""
 
     def texts() -> Iterator[str]:
         for path in files:
-            for text in read_texts(path, column):
+            for text in read_texts(path, columns):
                 num_documents[path] += 1
                 yield text
 
@@ -143,14 +151,14 @@ def train(files: list[Path], vocab_size: int, num_documents: Counter[Path], colu
     )
 
 
-def bytes_per_token(tokenizer: PreTrainedTokenizerFast, files: Iterable[Path], column: str = "text") -> float:
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, files: Iterable[Path], columns: Sequence[str] = ("text",)) -> float:
     """UTF-8 bytes per token over the first `CHECKED_DOCUMENTS` of each file, every one of which must survive a round trip.
 
     Raises: RuntimeError naming the file with a document that does not.
     """
     num_bytes = num_tokens = 0
     for path in files:
-        for text in islice(read_texts(path, column), CHECKED_DOCUMENTS):
+        for text in islice(read_texts(path, columns), CHECKED_DOCUMENTS):
             (ids,) = encode_documents(tokenizer, [text])
             text = unicodedata.normalize("NFC", text)
             if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
@@ -192,8 +200,8 @@ def main(args: Args) -> None:
     files = find_files(args.input)
     sources = [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in files]
     recipe = {"format": "tokenizer-1", "vocab_size": args.vocab_size, "sources": sources}
-    if args.column != "text":
-        recipe["column"] = args.column
+    if args.column != ("text",):
+        recipe["column"] = list(args.column)
     if is_done(args.output_dir, recipe):
         print(f"nothing to do: {args.output_dir} is the tokenizer of these files")
         return

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -125,14 +126,20 @@ def test_the_text_may_stand_in_another_column(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_text": text, "text": "no"}) + "\n" for text in texts))
     write_parquet(tmp_path / "b.parquet", texts, column="input_text")
     for name in ("a.jsonl", "b.parquet"):
-        args = Args(input=(tmp_path / name,), output_dir=tmp_path / name[0], vocab_size=270, column="input_text")
+        args = Args(input=(tmp_path / name,), output_dir=tmp_path / name[0], vocab_size=270, column=("input_text",))
         main(args)
         main(args)
         assert "nothing to do" in capsys.readouterr().out
     main(Args(input=(write_jsonl(tmp_path / "c.jsonl", texts),), output_dir=tmp_path / "c", vocab_size=270))
     made = [files_of(tmp_path / name)["tokenizer.json"] for name in "abc"]
     assert made == made[:1] * 3
-    with pytest.raises(ValueError, match="holds another tokenizer .column: 'input_text' there, None now"):
+    two = Args(input=(tmp_path / "a.jsonl", tmp_path / "c.jsonl"), output_dir=tmp_path / "two", vocab_size=270)
+    main(replace(two, column=("input_text", "text")))
+    assert read_json(tmp_path / "two/meta.json", "")["num_documents"] == 2 * len(texts)
+    assert list(read_texts(tmp_path / "c.jsonl", ("input_text", "text"))) == texts
+    with pytest.raises(ValueError, match='c.jsonl line 1 is .*, an object with "input_text" or "body" is needed'):
+        list(read_texts(tmp_path / "c.jsonl", ("input_text", "body")))
+    with pytest.raises(ValueError, match="holds another tokenizer .column: ..input_text.. there, None now"):
         main(Args(input=(tmp_path / "a.jsonl",), output_dir=tmp_path / "a", vocab_size=270))
 
 
