@@ -3,7 +3,7 @@
     python evaluate_model.py context runs/K4_seed0                           # a run of train.py, its final model
     python evaluate_model.py context EleutherAI/pythia-70m-deduped --data_dir preprocessed_arxiv --sequence_length 256 \
         --output_dir evaluation/pythia-70m                                   # any causal language model
-    python evaluate_model.py search S/pptrain                                # a run of pptrain.py, its final model
+    python evaluate_model.py search S/pptrain                                # a run of pptrain.py or pretrain.py
     python evaluate_model.py search EleutherAI/pythia-160m --data_dir S/data/nl_splits/mis384_look64_seed12345 \
         --output_dir evaluation/pythia-160m
 
@@ -301,17 +301,18 @@ def context(args: Context) -> None:
 
 
 def complete_search(args: Search, source: str, run: dict | None) -> Search:
-    """The arguments with the values of the run of pptrain.py where none were given.
+    """The arguments with the values of the run of pptrain.py or pretrain.py where none were given.
 
     Raises: ValueError, all faults together.
     """
-    own = run["args"] if run and "curr_threshold" in run["args"] else {}
+    own = run["args"] if run and {"curr_threshold", "mixin_percent"} & run["args"].keys() else {}
     beside = source if not Path(source).is_dir() or (Path(source) / "tokenizer.json").is_file() else None
     data_dir = args.data_dir or own.get("data_dir")
-    tokenizer = args.tokenizer or beside or own.get("tokenizer")
+    packed_with = Path(own["c4_dir"]) / "tokenizer" if "c4_dir" in own else None
+    tokenizer = args.tokenizer or beside or own.get("tokenizer") or packed_with
     output_dir = args.output_dir or (Path(args.model) / "evaluation" if run else None)
     needed = {"data_dir": data_dir, "tokenizer": tokenizer, "output_dir": output_dir}
-    found = f"{args.model} is no run of pptrain.py to take it from"
+    found = f"{args.model} is no run of pptrain.py or pretrain.py to take it from"
     faults = [f"no --{name}, and {found}: pass it" for name, value in needed.items() if not value]
     check(faults + below(args, 1, "max_examples", "micro_batch"))
     return replace(args, data_dir=Path(data_dir), tokenizer=str(tokenizer), output_dir=Path(output_dir))
@@ -356,7 +357,7 @@ def search(args: Search) -> None:
     args = complete_search(args, source, run)
     questions, data = read_questions(args.data_dir, args.split, args.max_examples)
     config, tokenizer = find_config(source), load_tokenizer(args.tokenizer)
-    seq_len = run["args"].get("seq_len") if run else None
+    seq_len = run["args"].get("seq_len") or run["derived"].get("seq_len") if run else None
     depends_on = {name: getattr(args, name) for name in ("split", "max_examples", "precision")} | {"seq_len": seq_len}
     depends_on |= {"weights": weights_digest(source), "data": data, "tokenizer": fingerprint(tokenizer)}
     path = args.output_dir / f"{checkpoint}_search_{args.split}.json"
