@@ -27,7 +27,7 @@ class HeldOut:
     num_too_long: int
 
 
-def encode_rows(rows: Sequence[dict], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> HeldOut:
+def encode_rows(rows: Sequence[dict], tokenizer: PreTrainedTokenizerFast, seq_len: float = math.inf) -> HeldOut:
     """Tokenise rows (`input_text`, `output_texts`) whole."""
     prompts = encode_documents(tokenizer, [row["input_text"] for row in rows])
     answers = iter(encode_documents(tokenizer, [f" {word}" for row in rows for word in row["output_texts"]]))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
@@ -42,6 +43,19 @@ def window_losses(model: torch.nn.Module, windows: np.ndarray, micro_batch: int,
     finally:
         model.train(was_training)
     return losses.double().cpu().numpy()
+
+
+def mean_loss(model: torch.nn.Module, windows: np.ndarray, micro_batch: int, accelerator: Accelerator, precision: str) -> float:
+    """The mean loss of all targets of the windows, in nats; the processes share them.
+
+    Raises: RuntimeError, on every process, if it is not finite.
+    """
+    losses = window_losses(model, windows[accelerator.process_index :: accelerator.num_processes], micro_batch, precision)
+    sums = torch.tensor([losses.sum(), losses.size], dtype=torch.float64, device=accelerator.device)
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    if not math.isfinite(total):
+        raise RuntimeError(f"the held-out loss is {total}, a finite one is needed: lower --lr, or use --precision fp32")
+    return total / count
 
 
 def _token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,22 @@ def is_rotary(config: PreTrainedConfig) -> bool:
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default"
 
 
+def ensure_positions(config: PreTrainedConfig, min_positions: int, name: str) -> None:
+    """Make the configuration of a model that is yet to be trained one for contexts of `min_positions` tokens.
+
+    Plain rotary positions are computed, not looked up, so any number will do; where there is a table it must be long enough.
+
+    Raises: ValueError, calling the model `name`, if it is not.
+    """
+    positions = getattr(config, "max_position_embeddings", None)  # some, like BLOOM, have no limit
+    if positions is not None and positions < min_positions and is_rotary(config):
+        config.max_position_embeddings = min_positions
+    elif positions is not None and positions < min_positions:
+        raise ValueError(
+            f"{name} has {positions} positions, {min_positions} are needed: train on a shorter context, or choose another model"
+        )
+
+
 def build_model(
     name: str, vocab_size: int, min_positions: int, token_ids: dict[str, int | None] | None = None
 ) -> PreTrainedModel:
@@ -74,20 +90,12 @@ def build_model(
 
     Args:
         name: a preset, a folder with a config.json, or a hub name (only its config is used).
-        min_positions: tokens in the longest context that it will see. Plain rotary positions are computed, not looked up, so
-            that a model that is yet to be trained takes any number; where there is a table it must be long enough.
+        min_positions: tokens in the longest context that it will see (see `ensure_positions`).
         token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer in use, for the saved config.
     Raises: FileNotFoundError if there is no such architecture; ValueError if it is made for shorter contexts.
     """
     config = _config(name)
-    positions = getattr(config, "max_position_embeddings", None)  # some, like BLOOM, have no limit
-    if positions is not None and positions < min_positions and is_rotary(config):
-        config.max_position_embeddings = min_positions
-    elif positions is not None and positions < min_positions:
-        raise ValueError(
-            f"--model {name} has {positions} positions, {min_positions} are needed:"
-            " train on a shorter context, or choose another model"
-        )
+    ensure_positions(config, min_positions, f"--model {name}")
     config.vocab_size = vocab_size
     for key, value in (token_ids or {}).items():
         setattr(config, key, value)

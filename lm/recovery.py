@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 
 from lm.checkpoint import Checkpoints, damage
 from lm.files import whole_file
-from lm.run import Run
+from lm.run import Run, main_decides
 from lm.step import StepResult
 
 ATTEMPTS = 3  # at one step: a fault of the machine is gone the second time, one of the data or the weights is not
@@ -21,19 +21,11 @@ def find_checkpoint(run: Run, checkpoints: Checkpoints, resume_from: str) -> Pat
 
     Raises: FileNotFoundError if one was asked for and there is none; ValueError if the one asked for is damaged.
     """
-    answer: list[Any] = [None, None]
-    if run.accelerator.is_main_process:
-        try:
-            answer[0] = _find(checkpoints, resume_from)
-        except (FileNotFoundError, ValueError) as error:
-            answer[1] = error  # every process raises it, so that none waits for the others
-    path, error = broadcast_object_list(answer)
-    if error is not None:
-        raise error
-    return path
+    return main_decides(run.accelerator, lambda: choose_checkpoint(checkpoints, resume_from))
 
 
-def _find(checkpoints: Checkpoints, resume_from: str) -> Path | None:
+def choose_checkpoint(checkpoints: Checkpoints, resume_from: str) -> Path | None:
+    """The same in one process."""
     if resume_from not in ("auto", "latest"):
         path = Path(resume_from)
         if not path.is_dir():

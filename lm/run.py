@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from lm.args import RunArgs
 from lm.files import write_json
@@ -71,6 +72,20 @@ class Run:
         """Leave together: a launcher that sees one process end with a code terminates those that are still writing."""
         self.log.close()
         self.accelerator.wait_for_everyone()
+
+
+def main_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What `decide` returns on the main process, on every process; its FileNotFoundError and ValueError are raised on all."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = decide()
+        except (FileNotFoundError, ValueError) as error:
+            answer[1] = error
+    found, error = broadcast_object_list(answer)
+    if error is not None:
+        raise error
+    return found
 
 
 def run_and_exit(main: Callable[[T], int], args: T) -> NoReturn:

@@ -142,8 +142,9 @@ class RunLog:
             (then, _, first), (now, _, last) = self._recent[0], self._recent[-1]
             left = (self.total_steps - step) * (now - then) / (last - first) if last > first else 0
             pace = f"  {rate:,} tokens/s  {_duration(left)} left" if rate else ""  # the first line has none yet
-            keys = ("loss", "stage", "curr_acc", "lr", "grad_norm", "grad_norm_clipped", "param_norm")
-            values = "  ".join(f"{key} {_brief(record[key])}" for key in keys if key in record)
+            keys = ("loss", "loss_c4", "loss_synthetic", "synthetic_acc", "stage", "curr_acc", "lr", "grad_norm")
+            keys += ("grad_norm_clipped", "param_norm")
+            values = "  ".join(f"{key} {_brief(record[key])}" for key in keys if record.get(key) is not None)
             print(f"step {step}/{self.total_steps}  {values}{pace}", flush=True)
 
 

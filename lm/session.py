@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
@@ -110,16 +110,27 @@ class Session:
 
     def end_step(self, done: bool) -> bool:
         """Save if it is time to, and say whether a signal asks to stop before the run is done."""
-        stop, write_failed = self.run.agree(self.run.stop.received, self.checkpoints.failed())
-        if write_failed:
-            self.checkpoints.wait()  # raises on the process that wrote
-            raise RuntimeError("the main process could not write a checkpoint: its message says why")
+        stop = self._agree_to_stop()
         if stop or done or self.progress.step % self.args.checkpoint_interval_steps == 0:
             self._save()
         if stop and not done:
-            self.checkpoints.wait()
-            self.run.log.event("stopped", step=self.progress.step, signal=signal.Signals(stop).name)
+            self._say_stopped(stop)
         return bool(stop) and not done
+
+    def stop_while_waiting(self) -> bool:
+        """Whether a signal asks to stop, in which case all is saved; for a trainer that waits for its next rows."""
+        stop = self._agree_to_stop()
+        if stop:
+            self._save()
+            self._say_stopped(stop)
+        return bool(stop)
+
+    def give_up(self, error: Exception) -> NoReturn:
+        """Save everything and raise `error`, on every process."""
+        self._save()
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()  # a launcher that sees one process end would not let the main one finish writing
+        raise error
 
     def finish(self, tokenizer, about: dict[str, Any]) -> None:
         """Write the final model, with what its folder says of it."""
@@ -132,6 +143,18 @@ class Session:
                 self.checkpoints.save_model(final, self.bare, tokenizer, about)
                 self.checkpoints.wait()
                 self.run.log.event("finished", **about)
+
+    def _agree_to_stop(self) -> int:
+        """The signal that came to any process, or 0. Raises: RuntimeError if a checkpoint could not be written."""
+        stop, write_failed = self.run.agree(self.run.stop.received, self.checkpoints.failed())
+        if write_failed:
+            self.checkpoints.wait()  # raises on the process that wrote
+            raise RuntimeError("the main process could not write a checkpoint: its message says why")
+        return stop
+
+    def _say_stopped(self, stop: int) -> None:
+        self.checkpoints.wait()
+        self.run.log.event("stopped", step=self.progress.step, signal=signal.Signals(stop).name)
 
     def _restore(self, path: Path) -> None:
         """Make everything what it was when this checkpoint was saved."""

@@ -87,15 +87,14 @@ def check_files(folder: Path, files: dict[str, dict]) -> None:
 def read_splits(
     folder: Path | str, max_input_size: int | None = None, max_lookahead: int | None = None, generator: str | None = None
 ) -> Splits:
-    """Open held-out sets after checking their files, their rows, and that no two of all the prompts are the same.
+    """Open held-out sets for a run that draws examples itself: as `open_splits` does, after checking that they are for it.
 
     Args:
         folder: what build_data_splits.py made.
         max_input_size, max_lookahead: the run's; None takes the data's.
         generator: the run's, "module:Class"; None is the built-in one.
 
-    Raises: FileNotFoundError if there is nothing, or nothing finished; ValueError, all faults of a kind together, if the data
-        is damaged, or is of another task or another generator than the run's.
+    Raises: as `open_splits` does; ValueError too if the data is of another task or another generator than the run's.
     """
     folder = Path(folder)
     meta = read_meta(folder)
@@ -108,6 +107,17 @@ def read_splits(
     faults += _generator_faults(folder, meta["generator"], identify(generator))
     if faults:
         raise ValueError("\n".join(faults))
+    return open_splits(folder)
+
+
+def open_splits(folder: Path | str) -> Splits:
+    """Open held-out sets after checking their files, their rows, and that no two of all the prompts are the same.
+
+    Raises: FileNotFoundError if there is nothing, or nothing finished; ValueError, all faults of a kind together, if the data
+        is damaged.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
     check_files(folder, meta["files"])
     digests = {name: [prompt_digest(row["input_text"]) for row in _read_rows(folder, name, meta)] for name in SETS}
     if faults := _repeats(digests):

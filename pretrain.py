@@ -1,0 +1,409 @@
+"""Pretrain a causal language model on packed text, from a pre-pretrained one, with some synthetic examples among the text.
+
+    python build_pretrain.py --scratch_dir S --total_steps 10000 --effective_batch 32        # first; or beside the training
+    accelerate launch --num_processes 8 pretrain.py --scratch_dir S --data_dir S/data/nl_splits/mis384_look64_seed12345 \
+        --pptrain_checkpoint latest --total_steps 10000 --mixin_percent 0.02
+
+Row j of step s is sample s * effective_batch + j: with probability --mixin_percent the next synthetic example, else the next
+block of the pack. Both are functions of (data, seed, sample) alone, so any number of processes trains on the same rows, and a
+stopped run goes on exactly where it was: run the same command again. The defaults follow Hu et al. (arXiv 2502.19249).
+
+Reads   SCRATCH_DIR/data/c4_packed (build_pretrain.py; it may still be packing, and is waited for), DATA_DIR
+        (build_data_splits.py), SCRATCH_DIR/pptrain (pptrain.py)
+Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, final/}, and
+        problematic_batch.pt where a loss or gradient was not finite
+Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
+"""
+
+import functools
+import itertools
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import lm.session
+from lm import draws
+from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
+from lm.beginning import Beginning, choose_beginning, load_beginning
+from lm.graph_tokens import check_tokenizer
+from lm.heldout import HeldOut, encode_rows, teacher_forced
+from lm.loss import MEASURED, means, mixed_loss
+from lm.measure import mean_loss
+from lm.micro_batches import MicroBatches
+from lm.mixed_rows import MixedRows, text_rows
+from lm.models import architecture, build_model, num_parameters
+from lm.optim import adamw
+from lm.packing import Batch, Loss, attention_reach, sees_only_itself
+from lm.run import EXIT_STOPPED, open_run, run_and_exit, start_accelerator
+from lm.schedule import lr_factor
+from lm.session import Session
+from lm.shards import Pack
+from lm.splits import Splits, open_splits
+from lm.step import plan_batch
+from lm.supply import check_supply, look_again, too_few, wait_for_blocks
+from lm.tokenizer import fingerprint, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """One pretraining run."""
+
+    scratch_dir: str
+    """Folder that all of this line of work lives under."""
+    output_dir: str = ""
+    """Folder of the run; SCRATCH_DIR/pretrain by default."""
+    c4_dir: str = ""
+    """Folder that build_pretrain.py wrote, or is writing; SCRATCH_DIR/data/c4_packed by default."""
+    data_dir: str = ""
+    """Folder that build_data_splits.py wrote. With --mixin_percent 0 it may be left out: nothing synthetic is measured then."""
+    pptrain_checkpoint: str = "latest"
+    """latest: of SCRATCH_DIR/pptrain; a folder: a run of pptrain.py, one of its checkpoints, or another model with its
+    tokenizer; none: random weights. A run that goes on keeps what it began with."""
+    total_steps: int
+    """Optimizer steps."""
+
+    model: str = "pythia-160m"
+    """Architecture with --pptrain_checkpoint none (a preset of lm/models.py, a folder with config.json, or a hub name); else
+    that of the checkpoint."""
+    seq_len: int | None = None
+    """Targets in a row; that of the pack, which it must equal."""
+    allow_epochs: bool = False
+    """Train on blocks again, in another order, once all have been trained on; without it, a pack that is too short is
+    refused."""
+    verify_data: bool = False
+    """Compare all checksums of the pack before training; by default each shard's when it is first read."""
+    max_wait_sec: float = 3600.0
+    """Longest wait for a new shard of a pack that is not finished, in seconds."""
+
+    mixin_percent: float = 0.02
+    """Probability, from 0 to 1, that a row is a synthetic example."""
+    mixin_loss: Loss = "answer_only"
+    """answer_only: an example's answer and EOS alone train; weighted: all of it, the answer half of its weight. Either way its
+    row counts as much as a row of text."""
+    micro_batch: int = 4
+    """Rows in one forward pass of one process."""
+    grad_accum: int | None = None
+    """Forward passes in one optimizer step; follows from --effective_batch by default."""
+    effective_batch: int | None = None
+    """Rows in one optimizer step over all processes (32 unless --grad_accum is given)."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup_steps: int = 1000
+    """Optimizer steps of linear warm-up; from there down along half a cosine."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate over the peak."""
+    weight_decay: float = 0.1
+    """Of AdamW, on matrices only."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-6
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
+
+    eval_every: int = 500
+    """Optimizer steps between evaluations."""
+    eval_blocks: int = 64
+    """Held-out blocks of text, the same at every evaluation; all if the pack has fewer."""
+    eval_subset_size: int = 500
+    """Held-out synthetic examples, the same at every evaluation."""
+    log_every: int = 10
+    """Optimizer steps between records."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults()
+        found += below(self, 1, "total_steps", "seq_len", "micro_batch", "grad_accum", "effective_batch", "eval_every")
+        found += below(self, 1, "eval_blocks", "eval_subset_size", "log_every")
+        found += below(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "max_wait_sec")
+        found += not_positive(self, "lr", "adam_eps")
+        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "min_lr_ratio")
+        if not 0 <= self.mixin_percent <= 1:
+            found.append(f"--mixin_percent {self.mixin_percent}: a probability is needed, for two percent pass 0.02")
+        elif self.mixin_percent and not self.data_dir:
+            found.append(
+                f"--mixin_percent {self.mixin_percent} without --data_dir: pass what build_data_splits.py wrote, or"
+                " --mixin_percent 0"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the arguments, the data, the model and the number of processes."""
+
+    mixed: MixedRows
+    held_out_blocks: np.ndarray  # (n, seq_len + 1)
+    held_out: HeldOut | None  # synthetic examples
+    reach: float | None  # how to pack these (lm/packing.py)
+    grad_accum: int
+    effective_batch: int  # rows in a step
+    packing: str  # the command that packs enough blocks
+
+
+@dataclass
+class Progress(lm.session.Progress):
+    """Of this trainer: how far it has come in the data, and what it has measured since its last record."""
+
+    pptrain_checkpoint: str | None = None  # what the run began with
+    c4_block_idx: int = 0  # blocks drawn so far, those of stretches that were stepped over included
+    mixin_idx: int = 0  # and synthetic examples
+    pass_blocks: int | None = None  # blocks in a pass, once all have been drawn; a longer pack does not change it then
+    tokens: int = 0  # targets trained on
+    since: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURED, 0.0))
+
+
+# What may change between a run and its continuation: nothing here enters the weights (the split of a batch does only as float
+# order). Names and paths are free, what they stand for is not; so are the times of records, but not what they measure.
+FREE = {"output_dir", "scratch_dir", "c4_dir", "data_dir", "pptrain_checkpoint", "model", "seq_len", "resume_from", "force_cpu"}
+FREE |= {"deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints", "wandb_project"}
+FREE |= {"wandb_run_name", "allow_epochs", "verify_data", "max_wait_sec", "micro_batch", "grad_accum", "effective_batch"}
+FREE |= {"eval_every", "log_every"}
+
+
+def identity(args: Args, plan: Plan, splits: Splits | None, model: PreTrainedModel, beginning: Beginning) -> dict[str, Any]:
+    """What makes two runs the same run; a checkpoint only continues a run with the same."""
+    settings = {name: value for name, value in asdict(args).items() if name not in FREE}
+    files = {name: about["sha256"] for name, about in splits.meta["files"].items()} if splits else {}
+    settings |= {"effective_batch": plan.effective_batch, "data": files, "pack": plan.mixed.pack.identity}
+    settings |= {"initial_weights": beginning.sha256, "architecture": architecture(model)}
+    tokenizer = plan.mixed.tokenizer
+    return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+
+
+def train(args: Args, plan: Plan, session: Session) -> int:
+    """Train until the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED)."""
+    run, accelerator = session.run, session.accelerator
+    weight, waited = plan.effective_batch * plan.mixed.pack.seq_len / accelerator.num_processes, 0.0
+    while session.progress.step < args.total_steps:
+        step = session.progress.step
+        if step == 0:
+            evaluate(args, plan, session)
+        before = time.perf_counter()
+        if not blocks_are_there(args, plan, session):
+            return EXIT_STOPPED
+        lr = args.lr * lr_factor(step, args.total_steps, args.warmup_steps, "cosine", args.min_lr_ratio)
+        samples = list(samples_of_step(session.progress.data_step, plan, args, accelerator))
+        micro_batches = make_micro_batches(samples, plan, session.progress, accelerator)
+        waited += time.perf_counter() - before
+        source = functools.partial(sources, samples, plan, session.progress.pass_blocks)
+        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
+        progress = session.progress  # another one if the run went back to a checkpoint
+        progress.c4_block_idx, progress.mixin_idx = plan.mixed.drawn(progress.data_step * plan.effective_batch)
+        if result is None:
+            continue
+        step += 1
+        account(progress, result.outcomes, accelerator)
+        if step % args.log_every == 0 or step == args.total_steps:
+            values = {"loss": result.loss, "lr": lr, **means(progress.since), "grad_norm": result.grad_norm}
+            values |= {"c4_block_idx": progress.c4_block_idx, "mixin_idx": progress.mixin_idx}
+            run.log.train(step, progress.tokens, **values, wait_sec=round(waited, 4))
+            progress.since, waited = dict.fromkeys(MEASURED, 0.0), 0.0
+        if step % args.eval_every == 0 or step == args.total_steps:
+            evaluate(args, plan, session)
+        if session.end_step(step == args.total_steps):
+            return EXIT_STOPPED
+    return 0
+
+
+def blocks_are_there(args: Args, plan: Plan, session: Session) -> bool:
+    """Wait, if need be, for the blocks of the next step; False if a signal asked to stop meanwhile.
+
+    Raises: RuntimeError, once all is saved, if the pack ends before them and --allow_epochs was not given.
+    """
+    progress, pack = session.progress, plan.mixed.pack
+    needed, _ = plan.mixed.drawn((progress.data_step + 1) * plan.effective_batch)
+    if progress.pass_blocks is not None:
+        return True
+    if not wait_for_blocks(session, pack, needed, args.max_wait_sec, plan.packing):
+        return False
+    if needed > pack.num_blocks:
+        if not (args.allow_epochs and pack.num_blocks):
+            over = f" ({progress.data_offset} steps' rows were stepped over)" if progress.data_offset else ""
+            too_short = f"{pack.folder} has {too_few(pack.num_blocks, needed, plan.packing)}"
+            session.give_up(RuntimeError(f"step {progress.step + 1} finds no text{over}: {too_short}"))
+        progress.pass_blocks = pack.num_blocks
+    return True
+
+
+def samples_of_step(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> itertools.islice:
+    """The samples of each of this process's micro-batches of a step."""
+    process, processes = accelerator.process_index, accelerator.num_processes
+    return itertools.islice(MicroBatches(data_step, args.micro_batch, plan.grad_accum, process, processes), plan.grad_accum)
+
+
+def make_micro_batches(samples: list[range], plan: Plan, progress: Progress, accelerator: Accelerator) -> list[Batch]:
+    """These samples as rows on the device; no loader processes, for a row costs microseconds, or a millisecond to tokenise."""
+    made = [plan.mixed.rows(rows, progress.pass_blocks) for rows in samples]
+    if accelerator.device.type == "cuda":
+        made = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in made]
+    return send_to_device(made, accelerator.device, non_blocking=True)
+
+
+def sources(samples: list[range], plan: Plan, pass_blocks: int | None) -> list[list[tuple]]:
+    """Where the rows of each micro-batch come from."""
+    return [plan.mixed.sources(rows, pass_blocks) for rows in samples]
+
+
+def account(progress: Progress, measured: tuple[torch.Tensor, ...], accelerator: Accelerator) -> None:
+    """Add what all processes measured in one step."""
+    sums = accelerator.reduce(torch.stack(measured).sum(dim=0), "sum").tolist()
+    for name, value in zip(MEASURED, sums, strict=True):
+        progress.since[name] += value
+    progress.tokens += round(sums[MEASURED.index("c4_targets")] + sums[MEASURED.index("synthetic_targets")])
+
+
+def evaluate(args: Args, plan: Plan, session: Session) -> None:
+    """Measure the loss on held-out text, and accuracy and loss on the held-out synthetic examples."""
+    progress, accelerator = session.progress, session.accelerator
+    text_loss = mean_loss(session.bare, plan.held_out_blocks, args.micro_batch, accelerator, args.precision)
+    values = {"c4_loss": text_loss, "heldout_acc": None, "heldout_loss": None, "num_examples": 0}
+    if plan.held_out is not None:
+        measured = teacher_forced(session.bare, plan.held_out, accelerator, args.precision, plan.reach)
+        values["heldout_acc"], values["heldout_loss"] = measured
+        values["num_examples"] = plan.held_out.num_rows
+    values |= {"tokens": progress.tokens, "c4_block_idx": progress.c4_block_idx, "mixin_idx": progress.mixin_idx}
+    session.run.log.evaluation(progress.step, **values)
+
+
+def about(progress: Progress) -> dict[str, Any]:
+    """What the folder of a model says of it."""
+    names = ("step", "tokens", "c4_block_idx", "mixin_idx")
+    return {name: getattr(progress, name) for name in names}
+
+
+def read_pack(args: Args, accelerator: Accelerator) -> tuple[Pack, PreTrainedTokenizerFast]:
+    """The text, as far as it is packed, and its tokenizer. Raises: ValueError if they do not belong together."""
+    pack = Pack(args.c4_dir, args.seq_len)
+    look_again(pack, accelerator)
+    if args.verify_data:
+        pack.verify()
+    tokenizer = load_tokenizer(pack.folder / "tokenizer")
+    needed = pack.header["tokenizer"]["fingerprint"], pack.header["vocab_size"], pack.header["eos_token_id"]
+    if (fingerprint(tokenizer), len(tokenizer), tokenizer.eos_token_id) != needed:
+        raise ValueError(f"{pack.folder}/tokenizer did not make its shards: remove the folder and run build_pretrain.py again")
+    return pack, tokenizer
+
+
+def make_model(args: Args, beginning: Beginning, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> PreTrainedModel:
+    """The model as it begins, or of the beginning's architecture if the run goes on."""
+    torch.manual_seed(args.seed)
+    if beginning.load_from is not None:
+        return load_beginning(beginning.load_from, len(tokenizer), seq_len)
+    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return build_model(args.model, len(tokenizer), seq_len, token_ids)
+
+
+def make_plan(
+    args: Args,
+    pack: Pack,
+    splits: Splits | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    accelerator: Accelerator,
+) -> Plan:
+    """Lay out the batch, choose what is held out, and see that text and examples suffice.
+
+    Raises: ValueError if they do not.
+    """
+    effective = args.effective_batch or (32 if args.grad_accum is None else None)
+    grad_accum, effective = plan_batch(args.micro_batch, args.grad_accum, effective, accelerator.num_processes)
+    synthetic = splits.rows("mixin") if args.mixin_percent else []
+    mixed = MixedRows(pack, synthetic, tokenizer, args.seed, args.mixin_percent, args.mixin_loss)
+    held_out_blocks = pack.held_out_blocks()[: args.eval_blocks]
+    if not len(held_out_blocks):
+        raise ValueError(f"{pack.folder} has no whole block of held-out text: pack again with more of it")
+    packing = f"python build_pretrain.py --scratch_dir {args.scratch_dir} --output_dir {args.c4_dir}"
+    packing += f" --total_steps {args.total_steps} --effective_batch {effective}"
+    if args.mixin_percent:
+        check_tokenizer(tokenizer)
+        mixed.check_synthetic(splits.folder / "mixin.jsonl", accelerator)
+    check_supply(pack, mixed.drawn(args.total_steps * effective)[0], args.allow_epochs, packing)
+    held_out = choose_held_out(splits.rows("eval"), args, tokenizer, pack.seq_len) if splits else None
+    reach = attention_reach(model) if splits and sees_only_itself(model) else None
+    return Plan(mixed, held_out_blocks, held_out, reach, grad_accum, effective, packing)
+
+
+def choose_held_out(rows: list[dict], args: Args, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> HeldOut:
+    """A fixed random subset of the held-out examples; for one seed the same as of pptrain.py."""
+    chosen = np.sort(draws.permutation(args.seed, "held_out", len(rows))[: args.eval_subset_size])
+    held_out = encode_rows([rows[number] for number in chosen], tokenizer, seq_len)
+    if not held_out.num_rows:
+        raise ValueError(f"--seq_len {seq_len} is too short for all held-out examples: pack longer blocks")
+    return held_out
+
+
+def check_counts(plan: Plan, progress: Progress) -> None:
+    """Raise RuntimeError unless the checkpoint has come as far in the data as (seed, step) say."""
+    derived = plan.mixed.drawn(progress.data_step * plan.effective_batch)
+    if derived != (stored := (progress.c4_block_idx, progress.mixin_idx)):
+        raise RuntimeError(
+            f"the checkpoint of step {progress.step} has drawn {stored} blocks and synthetic examples, seed and step give"
+            f" {derived}: another version of this code wrote it; go on with that, or pass another --output_dir"
+        )
+
+
+def main(args: Args) -> int:
+    """Train one run and return its exit code."""
+    scratch = Path(args.scratch_dir)
+    args = replace(args, output_dir=args.output_dir or str(scratch / "pretrain"))
+    args = replace(args, c4_dir=args.c4_dir or str(scratch / "data/c4_packed"))
+    check(args.faults())
+    accelerator = start_accelerator(args.precision, args.force_cpu)
+    pack, tokenizer = read_pack(args, accelerator)
+    splits = open_splits(args.data_dir) if args.data_dir else None
+    beginning = choose_beginning(args, tokenizer, pack.folder, accelerator)
+    model = make_model(args, beginning, tokenizer, pack.seq_len)
+    plan = make_plan(args, pack, splits, model, tokenizer, accelerator)
+
+    blocks, examples = plan.mixed.drawn(args.total_steps * plan.effective_batch)
+    derived = {
+        "effective_batch": plan.effective_batch,
+        "grad_accum": plan.grad_accum,
+        "seq_len": pack.seq_len,
+        "total_steps": args.total_steps,
+        "tokens_per_step": plan.effective_batch * pack.seq_len,
+        "pptrain_checkpoint": beginning.path,
+        "initial_weights": beginning.sha256,
+        "pack": pack.identity,
+        "c4_blocks_needed": blocks,
+        "c4_blocks_packed": pack.num_blocks,
+        "mixin_examples": examples,
+        "mixin_rows": len(plan.mixed.synthetic),
+        "held_out_blocks": len(plan.held_out_blocks),
+        "held_out_examples": plan.held_out.num_rows if plan.held_out else 0,
+        "held_out_too_long": plan.held_out.num_too_long if plan.held_out else 0,
+        "positions": getattr(model.config, "max_position_embeddings", None),
+        "vocab_size": len(tokenizer),
+        "num_parameters": num_parameters(model),
+    }
+    with open_run(args, derived, accelerator) as run:
+        run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
+        if beginning.path is not None:
+            run.log.say(f"the architecture is that of {beginning.path}, --model counts for random weights only")
+        optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
+        sample, start = text_rows(plan.held_out_blocks[:1]), Progress(pptrain_checkpoint=beginning.path)
+        same_run = identity(args, plan, splits, model, beginning)
+        session = Session(args, run, model, optimizer, mixed_loss, sample, start, same_run)
+        session.resume()
+        check_counts(plan, session.progress)
+        code = train(args, plan, session)
+        if code == 0:
+            session.finish(tokenizer, about(session.progress))
+        run.close()
+    return code
+
+
+if __name__ == "__main__":
+    run_and_exit(main, parse(Args))
