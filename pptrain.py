@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -32,11 +31,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
-from lm import draws
 from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.curriculum import next_stage
 from lm.graph_search import Task
-from lm.heldout import HeldOut, encode_rows, teacher_forced
+from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.loss import packed_loss
 from lm.micro_batches import MicroBatches, load
 from lm.models import architecture, build_model, num_parameters
@@ -286,12 +284,6 @@ def about(progress: Progress) -> dict[str, Any]:
     return {"step": progress.step, "tokens": progress.tokens, "stage": progress.stage, "too_long": progress.too_long}
 
 
-def choose_held_out(rows: list[dict], args: Args, tokenizer: PreTrainedTokenizerFast) -> HeldOut:
-    """A fixed random subset of the held-out examples."""
-    chosen = np.sort(draws.permutation(args.seed, "held_out", len(rows))[: args.eval_subset_size])
-    return encode_rows([rows[number] for number in chosen], tokenizer, args.seq_len)
-
-
 def check_fit(args: Args, task: Task, share: float, longest: int, held_out: HeldOut) -> None:
     """Raise ValueError, all faults together, unless the stages exist and their examples fit into --seq_len."""
     faults = []
@@ -340,7 +332,7 @@ def main(args: Args) -> int:
         task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=tokenizer, seq_len=args.seq_len
     )
     share, longest = share_too_long(task, task.max_lookahead, tokenizer, args.seq_len, generator=args.generator)
-    held_out = choose_held_out(splits.rows("eval"), args, tokenizer)
+    held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, args.seq_len)
     check_fit(args, task, share, longest, held_out)
 
     torch.manual_seed(args.seed)

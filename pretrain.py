@@ -29,11 +29,10 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
-from lm import draws
 from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.graph_tokens import check_tokenizer
-from lm.heldout import HeldOut, encode_rows, teacher_forced
+from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.loss import MEASURED, means, mixed_loss
 from lm.measure import mean_loss
 from lm.micro_batches import MicroBatches
@@ -330,18 +329,13 @@ def make_plan(
         check_tokenizer(tokenizer)
         mixed.check_synthetic(splits.folder / "mixin.jsonl", accelerator)
     check_supply(pack, mixed.drawn(args.total_steps * effective)[0], args.allow_epochs, packing)
-    held_out = choose_held_out(splits.rows("eval"), args, tokenizer, pack.seq_len) if splits else None
+    held_out = None
+    if splits:
+        held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, pack.seq_len)
+        if not held_out.num_rows:
+            raise ValueError(f"--seq_len {pack.seq_len} is too short for all held-out examples: pack longer blocks")
     reach = attention_reach(model) if splits and sees_only_itself(model) else None
     return Plan(mixed, held_out_blocks, held_out, reach, grad_accum, effective, packing)
-
-
-def choose_held_out(rows: list[dict], args: Args, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> HeldOut:
-    """A fixed random subset of the held-out examples; for one seed the same as of pptrain.py."""
-    chosen = np.sort(draws.permutation(args.seed, "held_out", len(rows))[: args.eval_subset_size])
-    held_out = encode_rows([rows[number] for number in chosen], tokenizer, seq_len)
-    if not held_out.num_rows:
-        raise ValueError(f"--seq_len {seq_len} is too short for all held-out examples: pack longer blocks")
-    return held_out
 
 
 def check_counts(plan: Plan, progress: Progress) -> None:

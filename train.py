@@ -29,12 +29,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lm.session
 from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.loss import cross_entropy_sum
-from lm.measure import window_losses
+from lm.measure import mean_loss
 from lm.micro_batches import MicroBatches, load
 from lm.models import architecture, build_model, num_parameters
 from lm.optim import adamw
 from lm.papers import Papers, read_papers
-from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
+from lm.run import EXIT_STOPPED, open_run, run_and_exit, start_accelerator
 from lm.s3 import S3Folder
 from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
 from lm.session import Session
@@ -253,7 +253,7 @@ def sources(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) ->
 def evaluate(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
     """Measure the validation loss, and keep the model if it is the best so far."""
     progress = session.progress
-    loss = validation_loss(args, plan, session.run, session.bare)
+    loss = mean_loss(session.bare, plan.validation, args.micro_batch, session.accelerator, args.precision)
     best = loss < min(progress.val_losses, default=math.inf)
     progress.val_losses.append(loss)
     session.run.log.evaluation(progress.step, val_loss=loss, best_val_loss=min(progress.val_losses))
@@ -277,18 +277,6 @@ def result_files(folder: Path) -> list[str]:
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]  # locks, unfinished files
     return [str(name) for name in names if name.parts[0] not in ("checkpoints", "wandb")]
-
-
-def validation_loss(args: Args, plan: Plan, run: Run, model: PreTrainedModel) -> float:
-    """Mean loss of the validation windows, nats per token; the processes share them."""
-    accelerator = run.accelerator
-    share = plan.validation[accelerator.process_index :: accelerator.num_processes]
-    losses = window_losses(model, share, args.micro_batch, args.precision)
-    sums = torch.tensor([losses.sum(), losses.size], dtype=torch.float64, device=accelerator.device)
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    if not math.isfinite(total):
-        raise RuntimeError(f"the validation loss is {total}, a finite one is needed: lower --lr, or use --precision fp32")
-    return total / count
 
 
 def main(args: Args) -> int:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lm import draws
 from lm.generation import TOKENS_IN_A_PASS, passes
 from lm.loss import packed_loss
 from lm.measure import DTYPES, MAX_LOGITS
@@ -42,6 +43,12 @@ def encode_rows(rows: Sequence[dict], tokenizer: PreTrainedTokenizerFast, seq_le
             numbers.append(kept)
         kept += 1
     return HeldOut(examples, answer_tokens, numbers, kept, len(rows) - kept)
+
+
+def encode_subset(rows: Sequence[dict], size: int, seed: int, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> HeldOut:
+    """`size` of the rows, at random but for one seed the same, tokenised."""
+    chosen = np.sort(draws.permutation(seed, "held_out", len(rows))[:size])
+    return encode_rows([rows[number] for number in chosen], tokenizer, seq_len)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 
 import pptrain
 from lm.files import sha256
-from lm.heldout import encode_rows, teacher_forced
+from lm.heldout import encode_rows, encode_subset, teacher_forced
 from lm.loss import packed_loss
 from lm.models import build_model, load_model
 from lm.runlog import records
@@ -496,8 +496,7 @@ def test_the_held_out_subset_is_random_of_the_asked_size_and_fixed_by_the_seed()
     rows = [{"input_text": f"{number} is", "output_texts": ["a"]} for number in range(30)]
 
     def chosen(seed):
-        args = SimpleNamespace(seed=seed, eval_subset_size=7, seq_len=512)
-        held_out = pptrain.choose_held_out(rows, args, TOKENIZER)
+        held_out = encode_subset(rows, 7, seed, TOKENIZER, seq_len=512)
         assert held_out.num_rows == 7
         return [int(TOKENIZER.decode(ids).split(" ")[0]) for ids in held_out.examples]
 
