@@ -56,11 +56,11 @@ def test_a_plan_names_the_runs_that_failed_and_finishes_the_others(plan, tmp_pat
 
 def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, tmp_path):
     environment = os.environ | {"OUT": str(tmp_path), "SAMPLES": str(samples), "TOKEN_BUDGET": str(1600 * 12)}
-    environment["GRAPH_STEPS"] = "20"
+    environment |= {"GRAPH_STEPS": "20", "TEXT_STEPS": "4"}
 
     def quickstart():
         command = ["bash", str(ROOT / "scripts" / "quickstart.sh")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
@@ -71,7 +71,9 @@ def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, tm
     again = quickstart()
     for name in ("curriculum.png", "curriculum.json", "curriculum.jsonl"):
         assert (tmp_path / "graphs/pptrain/report" / name).exists()
-    assert again.count("was finished before") == 6
-    assert again.count("has just this already") == 6
-    assert again.count("nothing to do") == 5, "samples, two tokenizers, papers, held-out examples"
+    for name in ("pretrain.png", "pretrain.json", "pretrain.jsonl"):
+        assert (tmp_path / "graphs/report" / name).exists()
+    assert again.count("was finished before") == 8, "six curricula and mixtures, two of pretraining"
+    assert again.count("has just this already") == 7
+    assert again.count("nothing to do") == 6, "samples, two tokenizers, papers, held-out examples, packed text"
     assert again.splitlines()[-1] == first.splitlines()[-1]
