@@ -18,4 +18,6 @@
 #SBATCH --mail-type=BEGIN,END,FAIL,REQUEUE
 set -euo pipefail
 source scripts/slurm.sh
+S=${SCRATCH_DIR:-scratch} # without arguments, the published run
+[ $# -gt 0 ] || set -- --scratch_dir "$S" --total_steps 10000
 pack "$@"

@@ -17,4 +17,6 @@
 #SBATCH --mail-type=BEGIN,END,FAIL,REQUEUE
 set -euo pipefail
 source scripts/slurm.sh
+S=${SCRATCH_DIR:-scratch} # without arguments, the published run
+[ $# -gt 0 ] || set -- --scratch_dir "$S" --data_dir "$S/data/nl_splits/mis384_look64_seed12345" --total_steps 10000
 train pretrain.py "$@"

@@ -224,6 +224,13 @@ def test_a_job_that_fails_ends_with_the_exit_code_of_its_trainer(submit, wait_fo
     assert said().count("--lr -1.0: more than 0") == 3
 
 
+def test_a_job_without_arguments_is_the_published_run(cluster, wait_for_state, tmp_path, said):
+    settings = (f"--output={tmp_path}/%x.out", "--cpus-per-task=1", *NO_GPU, f"--export=ALL,SCRATCH_DIR={tmp_path}")
+    job = cluster.ask("sbatch", "--parsable", *settings, ROOT / "scripts/pretrain_job.sh")
+    assert wait_for_state(job, "FAILED", "COMPLETED") == (0, "1:0"), said()
+    assert f"no {tmp_path}/data/c4_packed/meta.json" in said()
+
+
 def test_an_array_packs_what_one_process_packs_though_a_task_is_preempted(cluster, wait_for_state, tmp_path, said):
     """At its beginning: a task that was told to end before it could listen comes back too."""
     byte_level_bpe().save_pretrained(tmp_path / "tokenizer")
