@@ -30,6 +30,7 @@ from lm.documents import documents as read
 from lm.files import read_json, sha256
 from lm.shards import Pack
 from lm.tokenizer import encode_documents
+from lm.workers import CONTEXT
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"{number} {text}" for number, text in enumerate(documents())]
@@ -567,3 +568,152 @@ def test_no_pack_and_another_block_size_are_said(args, small_pieces, tmp_path):
     assert Pack(args.folder, 64).seq_len == 64
     with pytest.raises(ValueError, match=r"--seq_len 128, but .* has blocks of 64 \+ 1 tokens: pass --seq_len 64"):
         Pack(args.folder, 128)
+
+
+# What a sample cannot show
+
+
+def test_a_sample_of_the_documents_is_compared_or_all(args, small_pieces):
+    main(args)
+    meta = read_json(args.folder / "meta.json", "")
+    numbers = [number for shard in meta["shards"] for number in range(*shard["records"])]
+    assert len(numbers) == meta["num_documents"] < 500
+    assert meta["num_compared"] == sum(number < 4 for number in numbers) < len(numbers)
+    assert meta["held_out"]["compared"] == meta["held_out"]["documents"]
+    every = replace(args, output_dir=f"{args.folder}_all", verify="all")
+    main(every)
+    meta = read_json(every.folder / "meta.json", "")
+    assert meta["num_compared"] == meta["num_documents"]
+
+
+def test_a_piece_is_packed_by_one_process_at_a_time(args, small_pieces):
+    import fcntl
+
+    main(replace(args, task=0, num_tasks=1000))
+    before = content(args.folder)
+    with open(args.folder / "partial/00000/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (args.folder / "partial/00000/0000.json").unlink()
+        with pytest.raises(RuntimeError, match="another process is packing .*partial/00000: wait for it, or stop it"):
+            main(replace(args, task=0, num_tasks=1000))
+    main(replace(args, task=0, num_tasks=1000))
+    assert content(args.folder) == before
+
+
+def job(tmp_path, files, **changes) -> lm.piece_packer.Job:
+    """One piece of some files, for a worker."""
+    encoder = byte_level_bpe(300)
+    values = {"partial": tmp_path / "partial", "pieces": [lm.documents.Piece(tuple(map(str, files)), 1)]}
+    values |= {"reading": lm.documents.Reading(), "tokenizer_json": encoder.backend_tokenizer.to_str(), "vocab_size": 300}
+    values |= {"eos_token_id": 0, "dtype": np.dtype("<u2"), "shard_tokens": 10**6, "compare_all": False}
+    return lm.piece_packer.Job(**values | {"skip_bad_documents": False} | changes)
+
+
+def worker(of: lm.piece_packer.Job) -> lm.piece_packer.PiecePacker:
+    return lm.piece_packer.PiecePacker(of, CONTEXT.Array("q", 2), CONTEXT.Value("i", 0))
+
+
+@pytest.mark.parametrize(("failures", "packed"), [(4, True), (5, False)])
+def test_a_network_that_fails_is_tried_five_times(tmp_path, monkeypatch, failures, packed):
+    calls, slept = [], []
+
+    def fail(_self, piece, *_):
+        calls.append(piece.files[0])
+        if len(calls) <= failures:
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(lm.piece_packer.PiecePacker, "_pack", fail)
+    monkeypatch.setattr(lm.piece_packer.time, "sleep", slept.append)
+    if packed:
+        worker(job(tmp_path, ["hf://datasets/a/b.jsonl"])).pack(0, 0, 0)
+    else:
+        with pytest.raises(ConnectionError):
+            worker(job(tmp_path, ["hf://datasets/a/b.jsonl"])).pack(0, 0, 0)
+    assert (len(calls), slept) == (5, [2, 4, 8, 16])
+    calls.clear()
+    with pytest.raises(ConnectionError):  # a file that is here is read once
+        worker(job(tmp_path, ["here.jsonl"])).pack(0, 0, 0)
+    assert len(calls) == 1
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:50]))
+    of = job(tmp_path, [tmp_path / "a.jsonl"])
+    worker(of).pack(0, 0, 0)
+    largest = int(np.fromfile(tmp_path / "partial/00000/0000.bin", "<u2").max())
+    shutil.rmtree(tmp_path / "partial")
+    worker(replace(of, vocab_size=largest + 1)).pack(0, 0, 0)
+    shutil.rmtree(tmp_path / "partial")
+    with pytest.raises(ValueError, match=rf"the tokenizer gave id {largest}, it has {largest} tokens: take another tokenizer"):
+        worker(replace(of, vocab_size=largest)).pack(0, 0, 0)
+
+
+# What is compared, who packs what, and the network
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+def test_the_first_documents_of_a_piece_and_every_nth_are_compared_or_all(args, small_pieces, monkeypatch, verify):
+    monkeypatch.setattr(lm.piece_packer, "COMPARED_EVERY", 10)
+    main(replace(args, verify=verify))
+    meta = read_json(args.folder / "meta.json", "")
+    pieces: dict[int, int] = {}
+    for shard in meta["shards"]:
+        pieces[shard["piece"]] = shard["records"][1]
+    held_out = meta["held_out"]["first_record"]
+    sample = [range(held_out if piece == 0 else 0, end) for piece, end in pieces.items()]
+    chosen = sum(verify == "all" or at < 4 or at % 10 == 0 for records in sample for at in records)
+    assert meta["num_compared"] == chosen
+    assert (meta["num_compared"] == meta["num_documents"]) == (verify == "all")
+
+
+def test_two_hands_on_one_piece_are_refused(args, small_pieces):
+    import fcntl
+
+    (args.folder / "partial/00000").mkdir(parents=True)
+    (args.folder / "partial").rename(args.folder.parent / "aside")
+    main(replace(args, total_steps=1, effective_batch=1))
+    (args.folder / "meta.json").rename(args.folder / "progress.json")
+    (args.folder.parent / "aside").rename(args.folder / "partial")
+    number = read_json(args.folder / "progress.json", "")["next"]["piece"]
+    folder = args.folder / f"partial/{number:05d}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match=rf"another process is packing .*{number:05d}: wait for it, or stop it"):
+            main(args)
+
+
+def test_a_piece_on_the_hub_is_tried_again_when_the_network_fails(args, tokenizer_dir, monkeypatch, tmp_path):
+    import multiprocessing
+
+    tries, waits = [], []
+
+    def unreliable(piece, number, reading, skip=0):
+        tries.append(skip)
+        (local,) = cut(find_files([f"{args.documents[0]}/0.jsonl"]), reading)
+        for at, document in enumerate(read(local, number, reading, skip)):
+            if at == 9 and len(tries) < 3:
+                raise ConnectionError("the network is down")
+            yield document
+
+    monkeypatch.setattr(lm.piece_packer, "documents", unreliable)
+    monkeypatch.setattr(lm.piece_packer, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(lm.piece_packer.time, "sleep", waits.append)
+    context = multiprocessing.get_context("forkserver")
+    reading = lm.documents.Reading(shuffle_window=0)
+    remote = lm.documents.Piece(("hf://datasets/a/b@c/0.jsonl",), 10**6)
+    rules = (Path(tokenizer_dir) / "tokenizer.json").read_text()
+    job = lm.piece_packer.Job(tmp_path, [remote], reading, rules, 512, 0, np.dtype("<u2"), 1, False, False)
+    packer = lm.piece_packer.PiecePacker(job, context.Array("q", 2), context.Value("i", 0))
+    packer.pack(0, 0, 0)
+    assert tries == [0, 4, 8]  # from the last whole shard on; the batch after it was being read
+    assert waits == [2, 4]
+    entries = [read_json(path, "") for path in sorted((tmp_path / "00000").glob("*.json"))]
+    assert entries[-1]["last"]
+    assert sum(entry["documents"] for entry in entries) == len(TEXTS[0::8])
+
+    local = replace(job, pieces=[replace(remote, files=("0.jsonl",))], partial=tmp_path / "local")
+    tries.clear()
+    with pytest.raises(ConnectionError):
+        lm.piece_packer.PiecePacker(local, context.Array("q", 2), context.Value("i", 0)).pack(0, 0, 0)
+    assert tries == [0]

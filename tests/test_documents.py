@@ -1,6 +1,8 @@
 """The documents of a corpus: each once, whatever the files are cut into, and in an order that (files, seed) decide."""
 
+import errno
 import gzip
+import io
 import json
 from itertools import chain
 
@@ -10,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from text import documents as real_documents
 
+import lm.corpus
 import lm.documents
 import lm.records
 from lm.corpus import digest, find_files, hub_files, kind_of, read_manifest
-from lm.documents import Reading, cut, documents, where
+from lm.documents import Piece, Reading, cut, documents, where
 
 TEXTS = [f"{number} {text}" for number, text in enumerate(real_documents()[:60])]
 IN_ORDER = Reading(shuffle_window=0)
@@ -265,3 +268,55 @@ def test_the_digest_tells_a_changed_file_but_not_a_moved_folder(tmp_path):
 def test_a_hub_dataset_out_of_reach_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"the hub gave no dataset 'allenai/c4' \(en\) .*: connect to the hub"):
         hub_files("allenai/c4", "en", None, "train", "--split")
+
+
+def test_a_large_text_file_of_paragraphs_is_not_cut(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 5)
+    assert texts_of([tmp_path / "a.txt"], Reading(text_unit="paragraph", shuffle_window=0)) == ["one\ntwo\n", "three\n"]
+    assert texts_of([tmp_path / "a.txt"]) == ["one\ntwo\n\nthree\n"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_no_json_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(TEXTS[:5]).replace(b"\n", b"\r\n"))
+    assert texts_of([tmp_path / "a.jsonl"]) == TEXTS[:5]
+
+
+def test_each_window_of_each_piece_has_an_order_of_its_own(tmp_path, monkeypatch):
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl(TEXTS[number * 30 : number * 30 + 30]))
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 100_000)
+    numbers = [int(text.split()[0]) for text in texts_of([tmp_path], Reading(shuffle_window=15))]
+    orders = [tuple(number % 15 for number in numbers[first : first + 15]) for first in range(0, 60, 15)]
+    assert [sorted(order) for order in orders] == [list(range(15))] * 4
+    assert len(set(orders)) == 4
+
+
+@pytest.mark.parametrize("piece_bytes", [10_000, 40_000])
+def test_a_document_that_is_too_long_hides_and_doubles_no_other(tmp_path, monkeypatch, piece_bytes):
+    by_a_byte = "z" * (4001 - len(jsonl([""])))
+    texts = ["short", "x" * 1_200_000, *TEXTS[:9], by_a_byte, "y" * 5000, "short too"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    monkeypatch.setattr(lm.records, "MAX_DOCUMENT_BYTES", 4000)
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", piece_bytes)
+    pieces = cut(find_files([str(tmp_path)]), IN_ORDER)
+    found = [document.text for number, piece in enumerate(pieces) for document in documents(piece, number, IN_ORDER)]
+    assert found == [text if len(jsonl([text])) <= 4000 else None for text in texts]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_disk_that_fails_is_no_damaged_file(tmp_path, monkeypatch, name):
+    """Left out and counted as damage, what it could not read would be missed by nobody."""
+    path = tmp_path / name
+    compress(path, jsonl(TEXTS)) if name.endswith("gz") else path.write_bytes(jsonl(TEXTS))
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": TEXTS}), path)
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    for module in (lm.corpus, lm.records):
+        monkeypatch.setattr(module, "open_bytes", lambda name: io.BufferedReader(Failing(name)))
+    with pytest.raises(OSError, match="Input/output error"):
+        list(documents(Piece((str(path),), 1), 0, IN_ORDER))
