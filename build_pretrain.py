@@ -247,7 +247,7 @@ def write_held_out(args: Args, job: Job, corpus: Corpus) -> dict[str, Any]:
     if entry["tokens"] < needed or (entry["last"] and not corpus.held_out):
         raise ValueError(
             f"the held-out text would be {needed:,} tokens, {piece.files[0]} and what is read with it has {entry['tokens']:,}:"
-            " pass fewer --held_out_blocks, or --held_out_documents"
+            " pass fewer --held_out_blocks, or --held_out_documents, or another --seed"
         )
     return entry | {"file": "held_out.bin", "first_record": 0 if corpus.held_out else entry["records"][1]}
 

@@ -7,6 +7,7 @@ import functools
 import glob
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def find_files(patterns: Sequence[str]) -> list[File]:
             raise FileNotFoundError(
                 f"no file {pattern}: pass files or folders of {', '.join(KINDS)} files, {' and '.join(COMPRESSIONS)} allowed"
             )
-        names += found
+        names += map(os.path.normpath, found)
     return _local(dict.fromkeys(names))
 
 
@@ -71,11 +72,15 @@ def read_manifest(path: Path) -> list[File]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no manifest {path}: pass a file with the path of one file on each line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): pass a file with the path of one file on each line") from None
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name = str(path.parent / line.strip())
+        name = os.path.normpath(path.parent / line.strip())
         if name in seen:
             raise ValueError(f"{path} line {number} lists {name} again, line {seen[name]} did: remove one")
         if not Path(name).is_file():

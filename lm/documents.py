@@ -79,16 +79,15 @@ def _parts(file: File, reading: Reading) -> list[Piece]:
     kind = kind_of(file.name)
     if _size(file) <= PIECE_BYTES or compression_of(file.name):
         return []
+    count, length = -(-file.size // PIECE_BYTES), file.size
     if kind == "parquet":
         with open_bytes(file.name) as stream:
-            groups = pq.ParquetFile(stream).metadata
-        count = min(groups.num_row_groups, -(-file.size // PIECE_BYTES))
-        cuts = [groups.num_row_groups * i // count for i in range(count + 1)]
-        return [Piece((file.name,), file.size // count, *ends) for ends in itertools.pairwise(cuts)]
-    if kind == "jsonl" or reading.text_unit == "line":
-        cuts = [*range(0, file.size, PIECE_BYTES), file.size]
-        return [Piece((file.name,), ends[1] - ends[0], *ends) for ends in itertools.pairwise(cuts)]
-    return []
+            length = pq.ParquetFile(stream).metadata.num_row_groups
+        count = min(count, length)
+    elif kind != "jsonl" and reading.text_unit != "line":
+        return []
+    cuts = [length * i // count for i in range(count + 1)]
+    return [Piece((file.name,), file.size // count, *ends) for ends in itertools.pairwise(cuts)]
 
 
 def documents(piece: Piece, number: int, reading: Reading, skip: int = 0) -> Iterator[Document]:

@@ -12,6 +12,14 @@ from importlib.metadata import version
 import numpy as np
 from tokenizers import Tokenizer
 
+# Whatever a tokenizer does to a text, one of these shows it.
+TRIED = (
+    "The quick Brown fox, 12345 jumps!",
+    "don't   stop\n\n\tnow ",
+    " naïve café — “x²” 中文 🙂",
+    "it's 3.14 e-mails<|endoftext|>",
+)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -39,6 +47,8 @@ class TextEncoder:
         self._reference.no_truncation()
         self._reference.no_padding()
         self._fast, self.why_not_fast = _load_fast(tokenizer_json) if fast else (None, "it was not asked for")
+        if self._fast is not None and (differing := self.encode(TRIED, range(len(TRIED))).differing):
+            self._fast, self.why_not_fast = None, f"gigatoken encodes {TRIED[differing[0]]!r} differently"
         self.name = "tokenizers" if self._fast is None else "gigatoken"
         self.name += f" {version(self.name)}"
 
@@ -64,7 +74,7 @@ class TextEncoder:
 
 
 def _load_fast(tokenizer_json: str):
-    """gigatoken's tokenizer, or None and the reason."""
+    """gigatoken's tokenizer, or None and the reason; one that it takes for another is found out at once."""
     try:
         import gigatoken
     except ImportError as error:

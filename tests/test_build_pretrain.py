@@ -21,6 +21,7 @@ from test_documents import compress, jsonl
 from text import byte_level_bpe, documents
 
 import lm.documents
+import lm.packer
 import lm.piece_packer
 import lm.shards
 from build_pretrain import Args, main
@@ -717,3 +718,50 @@ def test_a_piece_on_the_hub_is_tried_again_when_the_network_fails(args, tokenize
     with pytest.raises(ConnectionError):
         lm.piece_packer.PiecePacker(local, context.Array("q", 2), context.Value("i", 0)).pack(0, 0, 0)
     assert tries == [0]
+
+
+def test_a_pack_grows_in_the_middle_of_a_piece_without_packing_its_beginning_again(args, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm.piece_packer, "BATCH_DOCUMENTS", 4)
+    inline(monkeypatch)
+    main(replace(args, total_steps=30, effective_batch=8))
+    following = read_json(args.folder / "meta.json", "")["next"]
+    assert following["piece"] == 0
+    assert following["shard"] > 1
+    begun, pack = [], lm.piece_packer.PiecePacker.pack
+    monkeypatch.setattr(lm.piece_packer.PiecePacker, "pack", lambda self, *where: begun.append(where) or pack(self, *where))
+    main(args)
+    assert begun == [(0, following["shard"], following["record"])]
+    whole = replace(args, output_dir=str(tmp_path / "whole"))
+    main(whole)
+    assert content(args.folder) == content(whole.folder)
+
+
+@pytest.mark.parametrize(("tokens", "enough"), [(6400, False), (6401, True)])
+def test_the_last_block_needs_a_token_more(tmp_path, tokens, enough):
+    state = lm.packer.new_state({"seq_len": 64}, {"first_record": 0}, {}) | {"target_blocks": 100}
+    state["shards"] = [{"piece": 0, "tokens": tokens}]
+    assert lm.packer.Packer(tmp_path, state, job(tmp_path, ["a.jsonl"])).enough == enough
+
+
+def test_a_pack_that_finishes_between_two_looks_is_found(args, small_pieces, monkeypatch):
+    main(args)
+    looks = []
+
+    def look(path, made_by):
+        looks.append(path.name)
+        if len(looks) == 1:  # meta.json came, and progress.json went, just after this
+            raise FileNotFoundError(path)
+        return read_json(path, made_by)
+
+    monkeypatch.setattr(lm.shards, "read_json", look)
+    pack = Pack(args.folder)
+    assert (looks, pack.finished) == (["meta.json", "progress.json", "meta.json"], True)
+
+
+def test_a_flipped_byte_in_the_held_out_text_is_named(args, small_pieces):
+    main(args)
+    path = args.folder / "held_out.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    for read_it in (Pack.held_out_blocks, Pack.verify):
+        with pytest.raises(ValueError, match=r"held_out.bin has changed: its SHA-256 is .*: remove the folder"):
+            read_it(Pack(args.folder))

@@ -86,6 +86,14 @@ def test_large_files_cut_anywhere_give_every_document_once_in_order(tmp_path, mo
     assert (len(pieces) == 1) == (piece_bytes == 10**6)
 
 
+def test_the_parts_of_a_file_are_of_one_size(tmp_path, monkeypatch):
+    """A remainder of a few bytes could come first, and would have no held-out text."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:10]))
+    size = (tmp_path / "a.jsonl").stat().st_size
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", size // 3 - 1)
+    assert {piece.size for piece in cut(find_files([str(tmp_path)]), IN_ORDER)} == {size // 4}
+
+
 def test_small_files_are_read_together(tmp_path, monkeypatch):
     for number in range(25):
         (tmp_path / f"{number:02}.txt").write_text(f"document {number}")
@@ -98,7 +106,7 @@ def test_small_files_are_read_together(tmp_path, monkeypatch):
 def test_the_order_is_a_function_of_the_seed_and_mixes_files_and_documents(tmp_path, monkeypatch):
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(TEXTS[number * 10 : number * 10 + 10]))
-    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 31_000)
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 40_000)
     orders = [texts_of([tmp_path], Reading(seed=seed, shuffle_window=7)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
@@ -226,7 +234,7 @@ def test_files_are_found_by_name_folder_and_pattern_each_once(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"12")
-    found = [file.name for file in find_files([f"{tmp_path}/*.txt", str(tmp_path), f"{tmp_path}/**/*.jsonl"])]
+    found = [file.name for file in find_files([f"{tmp_path}/*.txt", f"{tmp_path}/b/..", f"{tmp_path}/**/*.jsonl"])]
     assert found == [f"{tmp_path}/{name}" for name in ("a.txt", "a.parquet", "b/1.jsonl", "b/2.jsonl.gz")]
     assert [kind_of(name) for name in names] == ["jsonl", "jsonl", "parquet", "text", None, None]
     with pytest.raises(FileNotFoundError, match=r"no file .*/x\*: pass files or folders"):
@@ -247,6 +255,11 @@ def test_a_manifest_lists_files_beside_it_or_anywhere(tmp_path):
         read_manifest(manifest)
     manifest.write_text("texts/b.txt\ntexts/a.txt\ntexts/b.txt\n")
     with pytest.raises(ValueError, match=r"shards.txt line 3 lists .*/texts/b.txt again, line 1 did: remove one"):
+        read_manifest(manifest)
+    manifest.write_bytes(b"\xef\xbb\xbftexts/../texts/a.txt\r\n")
+    assert [file.name for file in read_manifest(manifest)] == [f"{tmp_path}/texts/a.txt"]
+    manifest.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match="shards.txt is not UTF-8"):
         read_manifest(manifest)
     manifest.write_text("\n")
     with pytest.raises(ValueError, match="shards.txt lists no file"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from text import byte_level_bpe, documents
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import lm.text_encoder
 from lm.text_encoder import TextEncoder
@@ -95,3 +95,16 @@ def test_the_module_imports_neither_transformers_nor_torch():
     code = "import sys, lm.piece_packer; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=Path(lm.text_encoder.__file__).parents[1], capture_output=True)
     assert found.stdout == b"[]\n"
+
+
+def test_a_tokenizer_that_gigatoken_takes_for_another_is_encoded_by_the_reference():
+    """It loads one that does not split text into words before it merges, and splits."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["The quick Brown fox, 12345 jumps! It is now."] * 20, trainer)
+    encoder = TextEncoder(backend.to_str())
+    assert encoder.why_not_fast == "gigatoken encodes 'The quick Brown fox, 12345 jumps!' differently"
+    assert encoder.name.startswith("tokenizers ")
+    assert parts(encoder.encode(["The quick Brown fox"])) == [backend.encode("The quick Brown fox").ids]
