@@ -226,6 +226,23 @@ def test_it_packs_what_the_steps_need_and_more_when_more_is_asked(args, small_pi
     assert content(args.folder) == content(whole.folder)
 
 
+def test_a_pack_that_is_made_longer_is_unfinished_until_it_is(args, small_pieces, monkeypatch):
+    from lm.packer import Packer
+
+    main(replace(args, total_steps=50, effective_batch=8))
+    run, seen = Packer.run, []
+
+    def watch(self, *arguments, **others):
+        pack = Pack(args.folder)
+        seen.append((pack.finished, pack.target_blocks, pack.num_blocks >= 400))
+        run(self, *arguments, **others)
+
+    monkeypatch.setattr(Packer, "run", watch)
+    main(replace(args, total_steps=100, effective_batch=8))
+    assert seen == [(False, 800, True)]
+    assert Pack(args.folder).finished
+
+
 def test_asked_for_more_than_there_is_it_packs_all_and_says_so(args, small_pieces, capsys):
     main(replace(args, total_steps=10**6, effective_batch=32))
     assert "warning: that is all the text there is, 32,000,000 blocks were asked for" in capsys.readouterr().out
