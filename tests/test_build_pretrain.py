@@ -782,3 +782,31 @@ def test_a_flipped_byte_in_the_held_out_text_is_named(args, small_pieces):
     for read_it in (Pack.held_out_blocks, Pack.verify):
         with pytest.raises(ValueError, match=r"held_out.bin has changed: its SHA-256 is .*: remove the folder"):
             read_it(Pack(args.folder))
+
+
+def test_a_pack_that_grows_is_not_finished_meanwhile(args, small_pieces, monkeypatch):
+    main(replace(args, total_steps=50, effective_batch=8))
+    seen, run = [], lm.packer.Packer.run
+
+    def watch(self, *arguments, **named):
+        pack = Pack(args.folder)
+        seen.append((pack.finished, pack.target_blocks))
+        run(self, *arguments, **named)
+
+    monkeypatch.setattr(lm.packer.Packer, "run", watch)
+    main(replace(args, total_steps=100, effective_batch=8))
+    assert seen == [(False, 800)]
+    assert (Pack(args.folder).finished, Pack(args.folder).target_blocks) == (True, 800)
+
+
+def test_once_there_is_enough_the_workers_stop_and_leave_no_piece_of_a_shard(args, small_pieces, tmp_path, monkeypatch):
+    stops, start = [], lm.packer._start
+    monkeypatch.setattr(lm.packer, "_start", lambda job, done, stop: stops.append(stop) or start(job, done, stop))
+    main(replace(args, total_steps=10, effective_batch=8))
+    assert [stop.value for stop in stops] == [1]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:9]))
+    one = worker(job(tmp_path, [tmp_path / "a.jsonl"]))
+    one.stop.value = 1
+    with pytest.raises(lm.piece_packer.Stopped):
+        one.pack(0, 0, 0)
+    assert [path.name for path in (tmp_path / "partial/00000").iterdir()] == ["lock"]
