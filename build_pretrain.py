@@ -121,6 +121,8 @@ class Args:
             self, 1, "seq_len", "total_steps", "effective_batch", "blocks_per_shard", "held_out_blocks", "num_workers"
         )
         found += below(self, 0, "seed", "shuffle_window")
+        if not all((*self.documents, *self.held_out_documents)):
+            found.append("--documents or --held_out_documents has an empty name: is a variable of the shell not set?")
         if self.documents and self.manifest:
             found.append(f"--documents and --manifest {self.manifest}: pass one of them")
         if self.held_out_documents and not self.is_local:
@@ -161,8 +163,9 @@ def find_corpus(args: Args) -> Corpus:
         return Corpus(files, held_out, {"dataset": args.dataset, "config": args.dataset_config, "first_file": files[0].name})
     files = read_manifest(args.manifest) if args.manifest else find_files(args.documents)
     held_out = find_files(args.held_out_documents) if args.held_out_documents else []
-    if both := sorted({file.name for file in files} & {file.name for file in held_out}):
-        raise ValueError(f"{both[0]} is among --documents and --held_out_documents: leave it out of one of them")
+    for file in held_out:
+        if any(Path(file.name).samefile(other.name) for other in files if other.size == file.size):
+            raise ValueError(f"{file.name} is among --documents and --held_out_documents: leave it out of one of them")
     return Corpus(files, held_out, {"documents": list(args.documents), "manifest": str(args.manifest or "")})
 
 

@@ -53,7 +53,9 @@ def find_files(patterns: Sequence[str]) -> list[File]:
     """
     names: list[str] = []
     for pattern in patterns:
-        if Path(pattern).is_dir():
+        if Path(pattern).is_file():  # also one whose name has brackets
+            found = [pattern]
+        elif Path(pattern).is_dir():
             found = [str(path) for path in sorted(Path(pattern).rglob("*")) if path.is_file() and kind_of(path.name)]
         else:
             found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
@@ -95,8 +97,8 @@ def _local(names: Sequence[str]) -> list[File]:
     if unknown := [name for name in names if not kind_of(name)]:
         kinds = f"{', '.join(KINDS)}, all but .parquet also with {' or '.join(COMPRESSIONS)}"
         raise ValueError(f"{unknown[0]} is of no kind that can be read ({kinds}): leave it out, or name it for what it is")
-    facts = ((name, Path(name).stat()) for name in names)
-    return [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
+    facts = {(stat.st_dev, stat.st_ino): (name, stat) for name, stat in ((n, Path(n).stat()) for n in reversed(list(names)))}
+    return [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in reversed(facts.values())]
 
 
 def hub_files(dataset: str, config: str | None, revision: str | None, split: str, flag: str) -> list[File]:

@@ -158,7 +158,7 @@ def _json(line: bytes) -> tuple[Any, str | None]:
         pass  # NaN, which Python writes, or half a surrogate pair in another column than the text
     try:
         return json.loads(line.decode("utf-8-sig")), None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return None, f"not JSON ({error})"
 
 

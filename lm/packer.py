@@ -35,6 +35,8 @@ class Packer:
         self.folder, self.state, self.job = folder, state, job
         self.tokens = sum(shard["tokens"] for shard in state["shards"])
         self._known: dict[int, list[dict[str, Any]]] = {}  # finished shards by piece
+        for shard in state["shards"]:
+            self._known.setdefault(shard["piece"], []).append(shard)
 
     @property
     def target_tokens(self) -> int | None:
@@ -124,7 +126,7 @@ class Packer:
 
     def _is_needed(self, piece: int) -> bool:
         """Whether the pieces before this one are not expected to be enough."""
-        return not self._holds(self.expected_tokens(piece))
+        return self.target_tokens is None or not self._holds(self.expected_tokens(piece))
 
     def expected_tokens(self, piece: int) -> float:
         """Tokens of the pieces before this one; one that is not finished has as many for its size as the finished ones."""
@@ -138,7 +140,7 @@ class Packer:
 
     def _shards(self, piece: int) -> list[dict[str, Any]]:
         """All finished shards of a piece, published or not."""
-        found = self._known.setdefault(piece, [s for s in self.state["shards"] if s["piece"] == piece])
+        found = self._known.setdefault(piece, [])
         while not (found and found[-1]["last"]) and (entry := finished(self._folder(piece), len(found))) is not None:
             found.append(entry)
         return found

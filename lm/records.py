@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lm.corpus import kind_of, open_bytes, open_stream
+from lm.corpus import HUB, compression_of, kind_of, open_bytes, open_stream
 
 MAX_DOCUMENT_BYTES = 64 * 2**20  # a longer one would have to be tokenised in one go
 
@@ -32,6 +33,8 @@ def records(file: str, start: int, stop: int | None, text_column: str, text_unit
     """
     number, kind = 0, kind_of(file)
     try:
+        if compression_of(file) and not file.startswith(HUB) and not Path(file).stat().st_size:
+            raise pa.ArrowInvalid("no bytes")  # a download that failed: even nothing is compressed to something
         if kind == "parquet":
             contents = _rows(file, start, stop, text_column)
         else:

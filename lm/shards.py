@@ -74,8 +74,10 @@ class Pack:
         self.num_tokens = self._ends[-1] if shards else 0
 
     def refresh(self) -> None:
-        """Look which shards have come since."""
+        """Look which shards have come since. Raises: ValueError if the folder holds another pack now."""
         state, finished = _read_state(self.folder)
+        if state["header"] != self.header or state["shards"][: len(self.shards)] != self.shards:
+            raise ValueError(f"{self.folder} was packed anew while it was read: pass another --output_dir, or start again")
         self.take(state["shards"], finished)
 
     def blocks(self, numbers: Sequence[int]) -> np.ndarray:
@@ -167,8 +169,11 @@ def _check_state(path: Path, state: Any) -> None:
         if not isinstance(shard, dict):
             raise _wrong(f"{path} shard {number} is {shard!r:.80}, an object is needed")
         _check_kinds(f"{path} shard {number}", shard, SHARD)
-    if not isinstance(state.get("target_blocks"), int | None):
-        raise _wrong(f"{path} has target_blocks {state['target_blocks']!r:.80}, an integer or null is needed")
+        name = f"shard_{number:05d}.bin" if number < len(state["shards"]) else "held_out.bin"
+        if shard["file"] != name or shard["tokens"] < 0:
+            raise _wrong(f"{path} shard {number} is {shard['file']!r:.80} of {shard['tokens']} tokens, {name} is needed")
+    if "target_blocks" not in state or not isinstance(state["target_blocks"], int | None):
+        raise _wrong(f"{path} has target_blocks {state.get('target_blocks')!r:.80}, an integer or null is needed")
 
 
 def _check_kinds(where: object, found: dict, kinds: dict[str, type]) -> None:

@@ -551,7 +551,12 @@ def test_c4_is_streamed_from_the_hub_and_no_more_of_it_than_is_needed(tmp_path, 
         (lambda meta: meta["shards"][1].update(tokens="7"), "meta.json shard 1 has tokens '7', int is needed"),
         (lambda meta: meta.update(shards=[3]), "meta.json shard 0 is 3, an object is needed"),
         (lambda meta: meta["shards"][1].update(tokens=3), r"shard_00001.bin has \d+ bytes, 6 are needed for 3 tokens"),
-        (lambda meta: meta["shards"][1].update(file="x.bin"), "x.bin is missing"),
+        (
+            lambda meta: meta["shards"][1].update(file="../x.bin"),
+            "shard 1 is '../x.bin' of .* tokens, shard_00001.bin is needed",
+        ),
+        (lambda meta: meta["shards"].insert(1, meta["shards"][0]), "shard 1 is 'shard_00000.bin' of"),
+        (lambda meta: meta.pop("target_blocks"), "target_blocks None"),
         (lambda meta: meta["held_out"].update(tokens=1), r"held_out.bin has \d+ bytes, 2 are needed"),
     ],
 )
@@ -810,3 +815,30 @@ def test_once_there_is_enough_the_workers_stop_and_leave_no_piece_of_a_shard(arg
     with pytest.raises(lm.piece_packer.Stopped):
         one.pack(0, 0, 0)
     assert [path.name for path in (tmp_path / "partial/00000").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta["header"].update(seq_len=True), "meta.json header has seq_len True, int is needed"),
+        (lambda meta: meta["held_out"].update(tokens=False), r"meta.json shard \d+ has tokens False, int is needed"),
+        (lambda meta: meta["header"].update(seq_len=0), "meta.json has dtype 'uint16' and seq_len 0"),
+        (lambda meta: meta["header"].update(seq_len=-64), "meta.json has dtype 'uint16' and seq_len -64"),
+    ],
+)
+def test_a_number_that_is_none_is_named(args, small_pieces, change, message):
+    main(args)
+    meta = read_json(args.folder / "meta.json", "")
+    change(meta)
+    (args.folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=f"{message}.*: remove the folder and run build_pretrain.py again"):
+        Pack(args.folder)
+
+
+def test_a_pack_that_is_made_anew_while_it_is_read_is_noticed(args, small_pieces):
+    main(replace(args, total_steps=20, effective_batch=8))
+    pack = Pack(args.folder)
+    shutil.rmtree(args.folder)
+    main(replace(args, seed=5, total_steps=20, effective_batch=8))
+    with pytest.raises(ValueError, match="was packed anew while it was read"):
+        pack.refresh()

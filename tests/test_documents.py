@@ -333,3 +333,18 @@ def test_a_disk_that_fails_is_no_damaged_file(tmp_path, monkeypatch, name):
         monkeypatch.setattr(module, "open_bytes", lambda name: io.BufferedReader(Failing(name)))
     with pytest.raises(OSError, match="Input/output error"):
         list(documents(Piece((str(path),), 1), 0, IN_ORDER))
+
+
+def test_a_file_by_two_names_is_one_and_a_name_may_have_brackets(tmp_path):
+    (tmp_path / "a[1].txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a[1].txt")
+    assert [file.name for file in find_files([f"{tmp_path}/a[1].txt", str(tmp_path)])] == [f"{tmp_path}/a[1].txt"]
+
+
+def test_a_compressed_file_of_no_bytes_and_json_too_deep_are_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    assert faults_of(tmp_path / "a.jsonl.gz") == [(f"{tmp_path}/a.jsonl.gz line 1", "damaged (no bytes)")]
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "x": ' + "[" * 5000 + "]" * 5000 + "}\n")
+    ((place, fault),) = faults_of(tmp_path / "b.jsonl")
+    assert place.endswith("b.jsonl line 1")
+    assert fault.startswith("not JSON (")
