@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Three experiments in small, without a hub or a GPU, in about 25 minutes on two cores; run again, it does only what is missing.
+# Three experiments in small, without a hub or a GPU, in about half an hour on two cores; run again, it does only what is missing.
 #
 # The curriculum: how far does a model of 1.5 M parameters learn to search graphs, stage by stage?
 # Pretraining: does it then need less text than one that begins with random weights? Text with some graphs among it.
