@@ -164,9 +164,9 @@ class PaperWriter:
         if empty := [name for name, ids in splits.items() if not ids]:
             raise ValueError(f"no paper in {', '.join(empty)} (left out: {dict(self.left_out)}), one is needed in each split")
         write_json(self.partial / "splits.json", splits)
-        for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
-            tokenizer.init_kwargs.pop(key, None)
-        tokenizer.save_pretrained(self.partial / "tokenizer")
+        from lm.tokenizer import save_tokenizer  # transformers takes seconds to load, and is loaded by now
+
+        save_tokenizer(tokenizer, self.partial / "tokenizer")
         files = [self.partial / name for name in ("tokens.bin", "index.jsonl", "splits.json")]
         files += sorted(path for path in (self.partial / "tokenizer").rglob("*") if path.is_file())
         for path in files:

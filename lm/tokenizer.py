@@ -50,6 +50,13 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer, without what only tells how it was loaded."""
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
+    tokenizer.save_pretrained(folder)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """A SHA-256 that two tokenizers share when the same rules and tables turn their texts into ids.
 
