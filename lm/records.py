@@ -130,6 +130,11 @@ def _rows(file: str, start: int, stop: int | None, column: str) -> Contents:
         groups = list(range(start, table.num_row_groups if stop is None else stop))
         number = itertools.count(1)
         for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
-            for value in batch.column(0).cast(pa.large_binary()).to_pylist():  # the cast looks at no byte
+            try:
+                values = batch.column(0).cast(pa.large_binary())  # looks at no byte
+            except pa.ArrowNotImplementedError:
+                found = batch.column(0).type
+                raise ValueError(f"{file} has {found} in column {column}, text is needed: pass --text_column") from None
+            for value in values.to_pylist():
                 content = b"\xff" if value is None else value
                 yield next(number), content if len(content) <= MAX_DOCUMENT_BYTES else None

@@ -341,6 +341,12 @@ def test_a_file_by_two_names_is_one_and_a_name_may_have_brackets(tmp_path):
     assert [file.name for file in find_files([f"{tmp_path}/a[1].txt", str(tmp_path)])] == [f"{tmp_path}/a[1].txt"]
 
 
+def test_a_parquet_column_of_numbers_is_no_damage(tmp_path):
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has int64 in column text, text is needed: pass --text_column"):
+        faults_of(tmp_path / "a.parquet")
+
+
 def test_a_compressed_file_of_no_bytes_and_json_too_deep_are_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"")
     assert faults_of(tmp_path / "a.jsonl.gz") == [(f"{tmp_path}/a.jsonl.gz line 1", "damaged (no bytes)")]
