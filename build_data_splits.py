@@ -13,7 +13,6 @@ earlier set nor in an earlier row, so the files are the same bytes for any numbe
 not at all; a run that was killed starts again, and a second one has nothing to do. lm/splits.py reads it.
 """
 
-import fcntl
 import functools
 import itertools
 import json
@@ -22,7 +21,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from lm.args import below, check, parse
 from lm.external_generator import load_class
-from lm.files import sha256, whole_folder, write_json
+from lm.files import locked, sha256, whole_folder, write_json
 from lm.graph_search import Task
 from lm.graph_text import describe, prompt_digest
 from lm.splits import FORMAT, SETS, check_files, identify, read_meta, splits_folder
@@ -239,21 +238,10 @@ def is_done(args: Args, folder: Path) -> bool:
     return True
 
 
-@contextmanager
-def only_builder_of(folder: Path) -> Iterator[None]:
-    """Raises: RuntimeError if another process is inside for the same folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is building {folder}: wait for it, or stop it") from None
-        yield
-
-
 def build(args: Args, folder: Path) -> None:
     """Make the sets in `folder`, which appears whole or not at all. Raises: RuntimeError as `write_sets` does."""
-    with only_builder_of(folder), whole_folder(folder) as partial:
+    lock = folder.with_name(f".{folder.name}.lock")
+    with locked(lock, f"building {folder}"), whole_folder(folder) as partial:
         facts = write_sets(args, partial)
         files = {}
         for name, size in args.sizes.items():

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from lm.args import below, check, parse
 from lm.corpus import File, digest, find_files, hub_files, read_manifest
 from lm.documents import Reading, cut
-from lm.packer import Packer, lock, new_state
+from lm.files import locked
+from lm.packer import Packer, new_state
 from lm.paper_writer import refuse_other
 from lm.piece_packer import Job, PiecePacker
 from lm.records import TextUnit
 from lm.shards import DTYPES, read_state
 from lm.sources import disk_full
-from lm.text_encoder import TextEncoder
 from lm.workers import CONTEXT
 
 DEFAULT_BLOCKS = 320_000  # 10,000 steps of 32
@@ -232,10 +232,10 @@ def begin(args: Args, job: Job, header: dict, corpus: Corpus, tokenizer) -> Pack
     ours = ("held_out.bin", "tokenizer")  # a run that was killed before progress.json began with these
     if strangers := [path.name for path in args.folder.iterdir() if path.name not in ours and not path.name.startswith(".")]:
         raise ValueError(f"{args.folder} holds {strangers[0]}, which is no pack: pass another --output_dir, or remove it")
+    from lm.tokenizer import save_tokenizer
+
     held_out = write_held_out(args, job, corpus)
-    for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
-        tokenizer.init_kwargs.pop(key, None)
-    tokenizer.save_pretrained(args.folder / "tokenizer")
+    save_tokenizer(tokenizer, args.folder / "tokenizer")
     packer = Packer(args.folder, new_state(header, held_out, corpus.about | {"tokenizer": args.tokenizer}), job)
     packer.save()
     return packer
@@ -246,7 +246,10 @@ def write_held_out(args: Args, job: Job, corpus: Corpus) -> dict[str, Any]:
     piece = cut(corpus.held_out, job.reading)[0] if corpus.held_out else job.pieces[0]
     needed = args.held_out_blocks * args.seq_len + 1
     job = replace(job, shard_tokens=needed, compare_all=True)
-    entry = PiecePacker(job, CONTEXT.Array("q", 2), CONTEXT.Value("i", 0)).pack_first(piece, args.folder / "held_out.bin")
+    packer = PiecePacker(job, CONTEXT.Array("q", 2), CONTEXT.Value("i", 0))
+    if why := packer.encoder.why_not_fast:
+        print(f"encoding with Hugging Face's tokenizers, which is slow: {why}")
+    entry = packer.pack_first(piece, args.folder / "held_out.bin")
     if entry["tokens"] < needed or (entry["last"] and not corpus.held_out):
         raise ValueError(
             f"the held-out text would be {needed:,} tokens, {piece.files[0]} and what is read with it has {entry['tokens']:,}:"
@@ -313,10 +316,9 @@ def pack(args: Args) -> None:
         compare_all=args.verify == "all",
         skip_bad_documents=args.skip_bad_documents,
     )
-    if why := TextEncoder(job.tokenizer_json).why_not_fast:
-        print(f"encoding with Hugging Face's tokenizers, which is slow: {why}")
-    with lock(args.folder / ".lock", (fcntl.LOCK_EX if args.task is None else fcntl.LOCK_SH) | fcntl.LOCK_NB):
-        with lock(args.folder / ".begin.lock", fcntl.LOCK_EX):  # the tasks of an array start together
+    doing, share = f"packing {args.folder}", fcntl.LOCK_EX if args.task is None else fcntl.LOCK_SH
+    with locked(args.folder / ".lock", doing, share | fcntl.LOCK_NB):
+        with locked(args.folder / ".begin.lock", doing, fcntl.LOCK_EX):  # the tasks of an array start together
             packer = begin(args, job, header, corpus, tokenizer)
             is_done = packer.ask_for(args.target_blocks)
         if is_done:

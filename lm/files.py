@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writing, checksums, and JSON that names its file and line when it is wrong."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -66,6 +67,22 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path | str, doing: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> Iterator[None]:
+    """Hold the lock file `path`, which the system frees when the process dies.
+
+    Raises: RuntimeError, saying what the other process is `doing`, if it is held and `how` does not wait.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is {doing}: wait for it, or stop it") from None
+        yield
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -4,14 +4,13 @@ OUTPUT_DIR/partial/ holds what the workers have finished (lm/piece_packer.py); a
 all before it are there. meta.json is written when enough are. What was published and what was finished stays after a kill.
 """
 
-import fcntl
 import itertools
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +195,3 @@ def new_state(header: dict[str, Any], held_out: dict[str, Any], about: dict[str,
     start = {"piece": 0, "shard": 0, "record": held_out["first_record"]}
     state = {"format": FORMAT, "header": header, "target_blocks": None, "about": about}
     return state | {"held_out": held_out, "next": start, "shards": []}
-
-
-@contextmanager
-def lock(path: Path, how: int) -> Iterator[None]:
-    """Hold a lock on a pack: LOCK_EX alone, LOCK_SH with others that share it. Raises: RuntimeError if it is taken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is packing {path.parent}: wait for it, or stop it") from None
-        yield

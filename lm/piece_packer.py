@@ -5,7 +5,6 @@ shard begins where the one before ended, so its bytes depend on the piece alone,
 No transformers and no torch here: every worker imports this.
 """
 
-import fcntl
 import hashlib
 import itertools
 import time
@@ -19,7 +18,7 @@ import numpy as np
 
 from lm.corpus import HUB
 from lm.documents import EMPTY, Document, Piece, Reading, documents, where
-from lm.files import read_json, whole_file, write_json
+from lm.files import locked, read_json, whole_file, write_json
 from lm.sources import disk_full
 from lm.text_encoder import TextEncoder
 
@@ -68,11 +67,9 @@ class PiecePacker:
         Raises: RuntimeError if another process is packing the piece; ValueError for a document that is none; Stopped.
         """
         piece, folder = self.job.pieces[number], self.job.partial / f"{number:05d}"
-        folder.mkdir(parents=True, exist_ok=True)
         for attempt in itertools.count(1):
             try:
-                with open(folder / "lock", "w") as lock:
-                    _lock(lock, folder)
+                with locked(folder / "lock", f"packing {folder}"):
                     return self._pack(piece, number, folder, shard, record)
             except Exception as error:
                 ours = isinstance(error, ValueError | RuntimeError | Stopped) or disk_full(error)
@@ -169,10 +166,3 @@ def _batches(found: Iterator[Document], most: int) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _lock(file: Any, folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RuntimeError(f"another process is packing {folder}: wait for it, or stop it") from None

@@ -36,17 +36,16 @@ class TextEncoder:
 
     Args:
         tokenizer_json: what tokenizer.json holds.
-        fast: False uses Hugging Face's alone.
 
     `name` says which encoder does the work, and `why_not_fast` why it is not gigatoken.
     """
 
-    def __init__(self, tokenizer_json: str, fast: bool = True):
+    def __init__(self, tokenizer_json: str):
         self._reference = Tokenizer.from_str(tokenizer_json)
         self._reference.encode_special_tokens = True
         self._reference.no_truncation()
         self._reference.no_padding()
-        self._fast, self.why_not_fast = _load_fast(tokenizer_json) if fast else (None, "it was not asked for")
+        self._fast, self.why_not_fast = _load_fast(tokenizer_json)
         if self._fast is not None and (differing := self.encode(TRIED, range(len(TRIED))).differing):
             self._fast, self.why_not_fast = None, f"gigatoken encodes {TRIED[differing[0]]!r} differently"
         self.name = "tokenizers" if self._fast is None else "gigatoken"

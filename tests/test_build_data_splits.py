@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 import build_data_splits
-from build_data_splits import CHUNK, Args, main, make_chunks, only_builder_of, with_progress
-from lm.files import read_json, read_jsonl, sha256
+from build_data_splits import CHUNK, Args, main, make_chunks, with_progress
+from lm.files import locked, read_json, read_jsonl, sha256
 from lm.graph_text import fingerprint, parse_prompt
 from lm.splits import SETS, read_splits, splits_folder
 from synthetic import SyntheticExamples
@@ -90,7 +90,8 @@ def small(scratch: Path, **changes) -> Args:
 
 
 def said(capsys) -> list[str]:
-    return capsys.readouterr().out.splitlines()
+    """The lines but those of progress, which come every few seconds."""
+    return [line for line in capsys.readouterr().out.splitlines() if "per second" not in line]
 
 
 def folder_of(args: Args) -> Path:
@@ -357,7 +358,7 @@ def test_ctrl_c_ends_all_processes_at_once_with_one_line(tmp_path, external):
     with running(args, tmp_path / "few_prompts.py.calls", 5 + 6 + 4 * CHUNK + 1) as (process, below):
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=30) == 130, (tmp_path / "scratch.out").read_text()
         assert psutil.wait_procs(below, timeout=10)[1] == []
     lines = [line for line in (tmp_path / "scratch.out").read_text().splitlines() if "per second" not in line]
     assert lines == [
@@ -377,7 +378,10 @@ def test_a_process_that_dies_is_said_and_nothing_is_left(tmp_path, external):
 def test_two_builds_of_the_same_folder_do_not_meet(tmp_path):
     args = small(tmp_path)
     message = f"^another process is building {folder_of(args)}: wait for it, or stop it$"
-    with only_builder_of(folder_of(args)), pytest.raises(RuntimeError, match=message):
+    with (
+        locked(folder_of(args).with_name(f".{folder_of(args).name}.lock"), "building"),
+        pytest.raises(RuntimeError, match=message),
+    ):
         main(args)
     main(args)
     assert read_splits(folder_of(args)).meta["seed"] == 12345

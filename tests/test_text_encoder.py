@@ -76,16 +76,18 @@ def test_without_gigatoken_the_reference_does_the_work(neox, monkeypatch):
     assert parts(encoder.encode(["Hello, I am"])) == [[12092, 13, 309, 717]]
 
 
-def test_truncation_and_padding_in_the_file_change_nothing(neox):
+def test_truncation_and_padding_in_the_file_change_nothing(neox, monkeypatch):
     rules = json.loads(neox)
     backend = Tokenizer.from_str(neox)
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
     rules |= {key: json.loads(backend.to_str())[key] for key in ("truncation", "padding")}
     text = "one two three four five six"
-    for fast in (True, False):
-        encoded = TextEncoder(json.dumps(rules), fast=fast).encode([text], [0])
-        assert (parts(encoded), encoded.differing) == (parts(TextEncoder(neox).encode([text])), [])
+    expected = parts(TextEncoder(neox).encode([text]))
+    for _ in ("gigatoken", "the reference alone"):
+        encoded = TextEncoder(json.dumps(rules)).encode([text], [0])
+        assert (parts(encoded), encoded.differing) == (expected, [])
+        monkeypatch.setattr(lm.text_encoder, "_load_fast", lambda _: (None, "not today"))
 
 
 def test_the_module_imports_neither_transformers_nor_torch():
