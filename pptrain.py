@@ -10,7 +10,7 @@ the stage, drawn from (seed, stage, index) alone, so any number of processes tra
 same steps, and a stopped run goes on exactly where it was: run the same command again.
 
 Reads   DATA_DIR (build_data_splits.py): what is never trained on, and the held-out examples
-Writes  SCRATCH_DIR/pptrain/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, final/}, and
+Writes  SCRATCH_DIR/pptrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/step_*, final/}, and
         problematic_batch.pt where a loss or gradient was not finite
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -35,11 +36,12 @@ from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.curriculum import next_stage
 from lm.graph_search import Task
 from lm.heldout import HeldOut, encode_subset, teacher_forced
+from lm.ledger import Columns, Ledger
 from lm.loss import packed_loss
 from lm.micro_batches import MicroBatches, load
 from lm.models import architecture, build_model, num_parameters
 from lm.optim import adamw
-from lm.packing import Batch, Loss, attention_reach, pack, sees_only_itself
+from lm.packing import Batch, Loss, attention_reach, pack, row_ids, sees_only_itself
 from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
 from lm.schedule import lr_factor
 from lm.session import Session
@@ -163,7 +165,7 @@ class Progress(lm.session.Progress):
 # order). The names of model and tokenizer are free, what they stand for is not.
 FREE = {"output_dir", "scratch_dir", "data_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "max_steps"}
 FREE |= {"checkpoint_interval_steps", "max_step_checkpoints", "wandb_project", "wandb_run_name", "num_workers", "tokenizer"}
-FREE |= {"model", "log_every"}
+FREE |= {"model", "log_every", "ledger"}
 FREE |= {"micro_batch", "grad_accum", "effective_batch", "max_input_size", "max_lookahead", "max_left_out"}
 
 
@@ -179,16 +181,23 @@ def identity(
 
 
 class MicroBatchMaker(Dataset):
-    """Packed micro-batches of one stage, as a dataset for loader processes."""
+    """Packed micro-batches of one stage, as a dataset for loader processes; with --ledger, and what it says of their rows."""
 
     def __init__(self, args: Args, plan: Plan, stage: int):
         self.args, self.plan = args, plan
         self.examples = at_stage(plan.examples, stage)
 
-    def __getitems__(self, rows: range) -> Batch:
+    def micro_batch(self, rows: range) -> Batch:
+        """These examples, packed."""
         made = self.examples.examples(rows.start, len(rows))
         batch = pack(made.ids, made.answer_tokens, self.args.loss, self.plan.reach)
         return batch | {"num_too_long": torch.tensor(made.num_too_long)}
+
+    def __getitems__(self, rows: range) -> Batch | tuple[Batch, Columns]:
+        batch = self.micro_batch(rows)
+        if not self.args.ledger:
+            return batch
+        return batch, {"example": np.array(rows), "stage": np.full(len(rows), self.examples.stage)}
 
 
 def at_stage(examples: SyntheticExamples, stage: int) -> SyntheticExamples:
@@ -206,6 +215,7 @@ def micro_batch_sampler(data_step: int, plan: Plan, args: Args, accelerator: Acc
 def train(args: Args, plan: Plan, session: Session) -> int:
     """Train until the last stage is passed or the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED)."""
     run, accelerator = session.run, session.accelerator
+    ledger = Ledger(run, args.ledger, row_ids)
     loader, waited = None, 0.0
     while not is_done(args, plan, session.progress):
         step, data_step = session.progress.step, session.progress.data_step
@@ -218,6 +228,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         before = time.perf_counter()
         micro_batches = [next(loader) for _ in range(plan.grad_accum)]
         waited += time.perf_counter() - before
+        micro_batches = ledger.note(micro_batches)
         weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
         counts = [sum(int(batch[name].sum()) for batch in micro_batches) for name in ("lengths", "num_too_long")]
         micro_batches = send_to_device(micro_batches, accelerator.device, non_blocking=True)
@@ -228,6 +239,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
             continue
         account(session.progress, args, result.outcomes, counts, accelerator)
         progress, step = session.progress, step + 1
+        ledger.write(step, data_step)
         passed = step % args.curr_check_every == 0 and stage_is_passed(progress, args)
         if step % args.log_every == 0 or passed or step == args.max_steps:
             values = {"curr_acc": progress.accuracy, "stage": progress.stage, "alpha": progress.stage / plan.task.max_lookahead}
@@ -340,7 +352,7 @@ def main(args: Args) -> int:
     model = build_model(args.model, len(tokenizer), args.seq_len, token_ids)
     reach = attention_reach(model) if sees_only_itself(model) else None
     plan = Plan(task, examples, held_out, grad_accum, effective, reach)
-    sample = MicroBatchMaker(args, plan, args.start_stage).__getitems__(range(args.micro_batch))
+    sample = MicroBatchMaker(args, plan, args.start_stage).micro_batch(range(args.micro_batch))
 
     derived = {
         "max_input_size": task.max_input_size,

@@ -10,7 +10,7 @@ stopped run goes on exactly where it was: run the same command again. The defaul
 
 Reads   SCRATCH_DIR/data/c4_packed (build_pretrain.py; it may still be packing, and is waited for), DATA_DIR
         (build_data_splits.py), SCRATCH_DIR/pptrain (pptrain.py)
-Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, final/}, and
+Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/step_*, final/}, and
         problematic_batch.pt where a loss or gradient was not finite
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
@@ -33,10 +33,11 @@ from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
+from lm.ledger import Ledger
 from lm.loss import MEASURED, means, mixed_loss
 from lm.measure import mean_loss
 from lm.micro_batches import MicroBatches
-from lm.mixed_rows import MixedRows, text_rows
+from lm.mixed_rows import MixedRows, row_ids, text_rows
 from lm.models import architecture, build_model, num_parameters
 from lm.optim import adamw
 from lm.packing import Batch, Loss, attention_reach, sees_only_itself
@@ -168,7 +169,7 @@ class Progress(lm.session.Progress):
 FREE = {"output_dir", "scratch_dir", "c4_dir", "data_dir", "pptrain_checkpoint", "model", "seq_len", "resume_from", "force_cpu"}
 FREE |= {"deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints", "wandb_project"}
 FREE |= {"wandb_run_name", "allow_epochs", "verify_data", "max_wait_sec", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"eval_every", "log_every"}
+FREE |= {"eval_every", "log_every", "ledger"}
 
 
 def identity(args: Args, plan: Plan, splits: Splits | None, model: PreTrainedModel, beginning: Beginning) -> dict[str, Any]:
@@ -185,16 +186,17 @@ def train(args: Args, plan: Plan, session: Session) -> int:
     """Train until the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED)."""
     run, accelerator = session.run, session.accelerator
     weight, waited = plan.effective_batch * plan.mixed.pack.seq_len / accelerator.num_processes, 0.0
+    ledger = Ledger(run, args.ledger, row_ids)
     while session.progress.step < args.total_steps:
-        step = session.progress.step
+        step, data_step = session.progress.step, session.progress.data_step
         if step == 0:
             evaluate(args, plan, session)
         before = time.perf_counter()
         if not blocks_are_there(args, plan, session):
             return EXIT_STOPPED
         lr = args.lr * lr_factor(step, args.total_steps, args.warmup_steps, "cosine", args.min_lr_ratio)
-        samples = list(samples_of_step(session.progress.data_step, plan, args, accelerator))
-        micro_batches = make_micro_batches(samples, plan, session.progress, accelerator)
+        samples = list(samples_of_step(data_step, plan, args, accelerator))
+        micro_batches = make_micro_batches(samples, plan, session.progress, ledger, accelerator)
         waited += time.perf_counter() - before
         source = functools.partial(sources, samples, plan, session.progress.pass_blocks)
         result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
@@ -203,6 +205,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         if result is None:
             continue
         step += 1
+        ledger.write(step, data_step)
         account(progress, result.outcomes, accelerator)
         if step % args.log_every == 0 or step == args.total_steps:
             values = {"loss": result.loss, "lr": lr, **means(progress.since), "grad_norm": result.grad_norm}
@@ -242,9 +245,12 @@ def samples_of_step(data_step: int, plan: Plan, args: Args, accelerator: Acceler
     return itertools.islice(MicroBatches(data_step, args.micro_batch, plan.grad_accum, process, processes), plan.grad_accum)
 
 
-def make_micro_batches(samples: list[range], plan: Plan, progress: Progress, accelerator: Accelerator) -> list[Batch]:
+def make_micro_batches(
+    samples: list[range], plan: Plan, progress: Progress, ledger: Ledger, accelerator: Accelerator
+) -> list[Batch]:
     """These samples as rows on the device; no loader processes, for a row costs microseconds, or a millisecond to tokenise."""
-    made = [plan.mixed.rows(rows, progress.pass_blocks) for rows in samples]
+    make = plan.mixed.noted_rows if ledger.on else plan.mixed.rows
+    made = ledger.note([make(rows, progress.pass_blocks) for rows in samples])
     if accelerator.device.type == "cuda":
         made = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in made]
     return send_to_device(made, accelerator.device, non_blocking=True)

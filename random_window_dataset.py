@@ -145,7 +145,7 @@ class RandomWindowDataset(torch.utils.data.Dataset):
         return torch.from_numpy(self.windows(examples.start, len(examples)))
 
     def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where examples start .. start + count - 1 lie: indices into `papers`, and first tokens within those papers."""
+        """Where examples start .. start + count - 1 are drawn: indices into `papers`, and first tokens within those papers."""
         draw = draws.uniforms(self.seed, "window", start, count)
         if self.sampling == "random":
             position = np.searchsorted(self._cumulative, draw[:, 0], side="right")
@@ -165,29 +165,34 @@ class RandomWindowDataset(torch.utils.data.Dataset):
 
     def sources(self, examples: range) -> list[tuple[str, int]]:
         """The paper id and first token of each example."""
-        papers, first = self.locate(examples.start, len(examples))
+        _, papers, first = self.draw(examples.start, len(examples))
         return [(self.papers.paper_ids[paper], int(token)) for paper, token in zip(papers, first, strict=True)]
 
     def windows(self, start: int, count: int) -> np.ndarray:
-        """Examples start .. start + count - 1, as (count, sequence_length + 1) with the dtype of the data.
+        """Examples start .. start + count - 1, as (count, sequence_length + 1) with the dtype of the data. Raises as `draw`."""
+        return self.draw(start, count)[0]
+
+    def draw(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same and where each was taken: index into `papers`, and first token within that paper.
 
         Raises: ValueError if a window holds an id outside the vocabulary, and so do those of ten other papers.
         """
         paper, first = self.locate(start, count)
         windows = self._all_windows[self.papers.offsets[paper] + first]
         for row in np.flatnonzero(windows.max(axis=1) >= self.vocab_size):
-            windows[row] = self._from_another_paper(start + int(row), int(paper[row]), int(first[row]))
-        return windows
+            windows[row], paper[row], first[row] = self._from_another_paper(start + int(row), paper[row], first[row])
+        return windows, paper, first
 
-    def _from_another_paper(self, example: int, paper: int, first: int) -> np.ndarray:
+    def _from_another_paper(self, example: int, paper: int, first: int) -> tuple[np.ndarray, int, int]:
         found = self._name_bad_id(paper, first)
         print(f"warning: {found}: taking another paper for example {example}", flush=True)
         for attempt in range(OTHER_PAPERS):
             draw = draws.uniforms(self.seed, f"window/{attempt}", example, 1)[0]
             other = self.eligible[int(draw[0] * len(self))]
-            window = self._all_windows[self.papers.offsets[other] + self._first_token(other, draw[1])]
+            start = self._first_token(other, draw[1])
+            window = self._all_windows[self.papers.offsets[other] + start]
             if window.max() < self.vocab_size:
-                return window
+                return window, other, start
         raise ValueError(
             f"{found}, and {OTHER_PAPERS} other papers are no better: tokenizer and {self.papers.folder} do not belong"
             " together, or the file is damaged; make it again with fetch_arxiv.py"

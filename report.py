@@ -3,20 +3,25 @@
     python report.py ergodic runs          # how loss falls with context when K categories are mixed (train.py --K)
     python report.py curriculum S/pptrain  # what each stage of pre-pretraining took, also while the run goes on (pptrain.py)
     python report.py pretrain S/random S/pretrain --output_dir S/report  # what pre-pretraining saved in tokens (pretrain.py)
+    python report.py ledger RUN [OTHER]    # was every example trained on exactly once? (any trainer with --ledger)
 
 `ergodic` compares every mixture with the K = 1 runs on its categories, window by window (lm/excess.py says what can be
 expected of the difference). `pretrain` compares runs with the first one named at equal tokens of text (lm/token_savings.py
-says what is called saved, and when that means little); runs that differ in their seed alone are averaged.
+says what is called saved, and when that means little); runs that differ in their seed alone are averaged. `ledger` names
+every step and row that is wrong (lm/exactly_once.py), or in which two runs differ first, and then exits with code 1.
 
 Reads   RUN/run.json, RUN/evaluation/CHECKPOINT_SPLIT.json and .npz of every run below the folder (evaluate_model.py context)
         RUN/{run.json, events.jsonl, logs/{train,eval}.jsonl, evaluation/*_search_*.json} of every run named (`curriculum`)
         RUN/{run.json, logs/{train,eval}.jsonl} of every run named (`pretrain`)
+        RUN/{run.json, events.jsonl, logs/{ledger,train}.jsonl, checkpoints} (`ledger`)
 Writes  report/{context_loss,excess,loss_against_k}.png, report.json and report.md in the folder
         report/{curriculum.png, curriculum.json, curriculum.jsonl} in the run's folder, a line of the latter for each stage
         report/{pretrain.png, pretrain.json, pretrain.jsonl} likewise, a line of the latter for each evaluation
+        report/ledger.json in the run's folder
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +32,9 @@ import tyro
 
 from lm.commands import run_command
 from lm.curriculum import Course, read_course, rows_for_screen, search_lines, stages_passed, where_line, whereabouts
+from lm.exactly_once import check_ledger, in_words
 from lm.files import whole_file, write_json
+from lm.ledger import compare_ledgers, comparison_in_words
 from lm.measure import bin_centres, context_bins
 from lm.mixtures import Result, analyse, by_K, find_results
 from lm.plots import (
@@ -75,6 +82,16 @@ class Pretrain:
     """Folders of pretrain.py, finished or not; the first is the baseline."""
     output_dir: Path | None = None
     """Where results go; default RUN/report, needed for several runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfLedger:
+    """Whether a run trained on every example exactly once, and whether another saw the same."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run that was started with --ledger, finished or not."""
+    other: tyro.conf.Positional[Path | None] = None
+    """Another, to be compared step by step."""
 
 
 def report_folder(args: Curriculum | Pretrain, made_by: str) -> Path:
@@ -386,10 +403,23 @@ def pretrain(args: Pretrain) -> None:
     print(f"figure: {folder / 'pretrain.png'}, results: {folder / 'pretrain.json'}, {folder / 'pretrain.jsonl'}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Answer the experiment that the first argument names."""
-    run_command({"ergodic": (Ergodic, ergodic), "curriculum": (Curriculum, curriculum), "pretrain": (Pretrain, pretrain)}, argv)
+def ledger(args: OfLedger) -> int:
+    """Check, compare, write, and say what was found; returns 1 unless all is as it should be."""
+    found = check_ledger(args.run)
+    print("\n".join(in_words(found)))
+    if args.other:
+        found["comparison"] = compare_ledgers(args.run, args.other)
+        print(comparison_in_words(str(args.run), found["comparison"]))
+    write_json(args.run / "report/ledger.json", found)
+    differs = args.other and found["comparison"]["first_difference"]
+    return 0 if found["exactly_once"] and not differs else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer the question that the first argument names; returns the exit code."""
+    commands = {"ergodic": (Ergodic, ergodic), "curriculum": (Curriculum, curriculum), "pretrain": (Pretrain, pretrain)}
+    return run_command(commands | {"ledger": (OfLedger, ledger)}, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

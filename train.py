@@ -9,7 +9,7 @@ Row j of step s is example s * effective_batch + j of the run's windows, so any 
 effective batch trains on the same windows, and a stopped run goes on exactly where it was: run the same command again.
 
 Reads   DATA_DIR (fetch_arxiv.py)
-Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/{train,eval}.jsonl, checkpoints/step_*, best/, final/}, and
+Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/*.jsonl, checkpoints/step_*, best/, final/}, and
         problematic_batch.pt where a loss or gradient was not finite
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
@@ -17,6 +17,7 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lm.session
 from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
+from lm.ledger import Columns, Ledger
 from lm.loss import cross_entropy_sum
 from lm.measure import mean_loss
 from lm.micro_batches import MicroBatches, load
@@ -182,6 +184,7 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
 # order). The number of steps may too, while the learning rate does not depend on it.
 FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
 FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "data_dir", "micro_batch", "grad_accum", "effective_batch"}
+FREE |= {"ledger"}
 FREE |= {"epochs", "token_budget", "max_eval_epochs", "early_stopping_patience", "num_workers", "verify_data"}
 FREE |= {"upload_results_to_s3", "s3_bucket", "s3_prefix", "model"}
 
@@ -203,6 +206,23 @@ def window_loss(model: torch.nn.Module, windows: torch.Tensor) -> tuple[torch.Te
     return cross_entropy_sum(logits_BTV, ids[:, 1:])
 
 
+def row_ids(windows: torch.Tensor) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets of each window."""
+    ids = windows.numpy()
+    return zip(ids[:, :-1], ids[:, 1:], strict=True)
+
+
+class NotedWindows(torch.utils.data.Dataset):
+    """Micro-batches of windows, with what the ledger says of them."""
+
+    def __init__(self, windows: RandomWindowDataset):
+        self.windows = windows
+
+    def __getitems__(self, examples: range) -> tuple[torch.Tensor, Columns]:
+        windows, paper, first_token = self.windows.draw(examples.start, len(examples))
+        return torch.from_numpy(windows), {"example": np.array(examples), "paper": paper, "first_token": first_token}
+
+
 def micro_batch_sampler(step: int, plan: Plan, args: Args, accelerator: Accelerator) -> MicroBatches:
     """The rows of this process's micro-batches, from data step `step` on."""
     return MicroBatches(step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
@@ -212,21 +232,25 @@ def train(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokeniz
     """Train until the plan is done (returns 0) or a signal asks to stop (returns EXIT_STOPPED)."""
     run, accelerator = session.run, session.accelerator
     weight = plan.tokens_per_step / accelerator.num_processes
+    ledger = Ledger(run, args.ledger, row_ids, {"paper": plan.train.papers.paper_ids})
+    dataset = NotedWindows(plan.train) if args.ledger else plan.train
     loader = None
     while not is_done(args, plan, session.progress):
         step, data_step = session.progress.step, session.progress.data_step
         if loader is None:
             micro_batches = micro_batch_sampler(data_step, plan, args, accelerator)
-            loader = load(plan.train, micro_batches, args.num_workers, accelerator)
+            loader = load(dataset, micro_batches, args.num_workers, accelerator)
         lr = args.lr * lr_factor(step, plan.total_steps, args.warmup_steps, args.lr_schedule, args.min_lr_ratio)
         lr *= plateau_factor(session.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
-        micro_batches = [next(loader).to(accelerator.device, non_blocking=True) for _ in range(plan.grad_accum)]
+        windows = ledger.note([next(loader) for _ in range(plan.grad_accum)])
+        micro_batches = [batch.to(accelerator.device, non_blocking=True) for batch in windows]
         source = functools.partial(sources, data_step, plan, args, accelerator)
         result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
         if result is None:
             loader = None  # the run went back to a checkpoint, and goes on with other data
             continue
         step += 1
+        ledger.write(step, data_step)
         norms = {"grad_norm": result.grad_norm, "grad_norm_clipped": result.grad_norm_clipped}
         norms |= {"param_norm": result.param_norm}
         run.log.train(step, step * plan.tokens_per_step, loss=result.loss, lr=lr, **norms)

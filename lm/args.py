@@ -32,6 +32,8 @@ class RunArgs:
     """Optimizer steps between checkpoints: at most so many are repeated after a kill."""
     max_step_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    ledger: bool = False
+    """Write down which examples form each step, about 50 bytes a row, in logs/ledger.jsonl; report.py ledger checks it."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (WANDB_MODE=offline works without a network)."""
     wandb_run_name: str | None = None

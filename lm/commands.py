@@ -6,8 +6,11 @@ from typing import Any
 import tyro
 
 
-def run_command(commands: dict[str, tuple[type, Callable[[Any], None]]], argv: list[str] | None = None) -> None:
-    """Run the command that the command line names; a command is a frozen dataclass of arguments, and what takes it."""
+def run_command(commands: dict[str, tuple[type, Callable[[Any], int | None]]], argv: list[str] | None = None) -> int:
+    """Run the command that the command line names; a command is a frozen dataclass of arguments, and what takes it.
+
+    Returns: the exit code; 0 unless the command returns one.
+    """
     kinds = {name: kind for name, (kind, _) in commands.items()}
     args = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, use_underscores=True)
-    next(run for kind, run in commands.values() if isinstance(args, kind))(args)
+    return next(run for kind, run in commands.values() if isinstance(args, kind))(args) or 0

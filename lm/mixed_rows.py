@@ -5,7 +5,7 @@ sample s * effective_batch + j. So what a sample is follows from (data, seed, i)
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lm import draws
 from lm.heldout import HeldOut, encode_rows
+from lm.ledger import Columns
 from lm.packing import Batch, Loss, pack
 from lm.shards import Pack
 from lm.text_encoder import TextEncoder
@@ -25,7 +26,30 @@ AT_ONCE = 1000  # synthetic examples tokenised together to learn their lengths
 _order = functools.lru_cache(maxsize=4)(draws.permutation)
 
 
-class MixedRows:
+class Mixture:
+    """Which samples are synthetic: each with probability `share`, decided by `seed`."""
+
+    def __init__(self, seed: int, share: float):
+        self.seed, self.share = seed, share
+        self._before = [0]  # synthetic samples before each chunk, as far as they have been counted
+
+    def is_synthetic(self, samples: range) -> np.ndarray:
+        """Whether each of these samples is synthetic, bool (len(samples),)."""
+        first = samples.start // 4  # a draw has four numbers, one for each of four samples
+        drawn = draws.uniforms(self.seed, "mixin", first, -(-samples.stop // 4) - first).ravel()
+        return drawn[samples.start - 4 * first :][: len(samples)] < self.share
+
+    def drawn(self, samples: int) -> tuple[int, int]:
+        """How many of the first `samples` samples are blocks, and how many are synthetic."""
+        chunk = samples // CHUNK
+        for counted in range(len(self._before) - 1, chunk):
+            among = self.is_synthetic(range(counted * CHUNK, (counted + 1) * CHUNK))
+            self._before.append(self._before[-1] + int(among.sum()))
+        synthetic = self._before[chunk] + int(self.is_synthetic(range(chunk * CHUNK, samples)).sum())
+        return samples - synthetic, synthetic
+
+
+class MixedRows(Mixture):
     """Samples 0, 1, 2, ... as rows of `pack.seq_len` targets.
 
     Args:
@@ -47,24 +71,8 @@ class MixedRows:
         share: float,
         loss: Loss = "answer_only",
     ):
-        self.pack, self.synthetic, self.tokenizer = pack, synthetic, tokenizer
-        self.seed, self.share, self.loss = seed, share, loss
-        self._before = [0]  # synthetic samples before each chunk, as far as they have been counted
-
-    def is_synthetic(self, samples: range) -> np.ndarray:
-        """Whether each of these samples is synthetic, bool (len(samples),)."""
-        first = samples.start // 4  # a draw has four numbers, one for each of four samples
-        drawn = draws.uniforms(self.seed, "mixin", first, -(-samples.stop // 4) - first).ravel()
-        return drawn[samples.start - 4 * first :][: len(samples)] < self.share
-
-    def drawn(self, samples: int) -> tuple[int, int]:
-        """How many of the first `samples` samples are blocks, and how many are synthetic."""
-        chunk = samples // CHUNK
-        for counted in range(len(self._before) - 1, chunk):
-            among = self.is_synthetic(range(counted * CHUNK, (counted + 1) * CHUNK))
-            self._before.append(self._before[-1] + int(among.sum()))
-        synthetic = self._before[chunk] + int(self.is_synthetic(range(chunk * CHUNK, samples)).sum())
-        return samples - synthetic, synthetic
+        super().__init__(seed, share)
+        self.pack, self.synthetic, self.tokenizer, self.loss = pack, synthetic, tokenizer, loss
 
     def rows(self, samples: range, pass_blocks: int | None = None) -> Batch:
         """These samples, n rows of T = `pack.seq_len` targets, as `text_rows` gives them.
@@ -76,8 +84,17 @@ class MixedRows:
             pass_blocks: blocks in a pass over the pack; the first is in their order, later ones each in another. None: the
                 first never ends.
         """
+        return self._rows(*self._what(samples, pass_blocks))
+
+    def noted_rows(self, samples: range, pass_blocks: int | None = None) -> tuple[Batch, Columns]:
+        """The same with what the ledger says of each row: its block, or the number of its synthetic example."""
         synthetic, blocks, numbers = self._what(samples, pass_blocks)
-        ids = np.zeros((len(samples), self.pack.seq_len + 1), dtype=np.int64)
+        block, mixin = np.full((2, len(samples)), -1)
+        block[~synthetic], mixin[synthetic] = blocks, numbers
+        return self._rows(synthetic, blocks, numbers), {"example": np.array(samples), "block": block, "mixin": mixin}
+
+    def _rows(self, synthetic: np.ndarray, blocks: list[int], numbers: list[int]) -> Batch:
+        ids = np.zeros((len(synthetic), self.pack.seq_len + 1), dtype=np.int64)
         ids[~synthetic] = self.pack.blocks(blocks)
         batch = text_rows(ids)
         batch["synthetic"] = torch.from_numpy(synthetic)
@@ -159,3 +176,8 @@ def text_rows(blocks: np.ndarray) -> Batch:
         "answer": torch.zeros(targets.shape, dtype=torch.bool),
         "synthetic": torch.zeros(len(ids), dtype=torch.bool),
     }
+
+
+def row_ids(batch: Batch) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets of each row, with the padding of a synthetic one."""
+    return zip(batch["input_ids"].numpy(), batch["targets"].numpy(), strict=True)

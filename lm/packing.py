@@ -5,7 +5,7 @@ wherever position ids restart, if it is given no attention mask and no cache. `s
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,6 +55,15 @@ def pack(examples: Sequence[np.ndarray], answer_tokens: Sequence[int], loss: Los
     arrays = {"input_ids": inputs, "targets": targets, "position_ids": positions, "weights": weights}
     arrays |= {"answer": answer, "example": example, "lengths": np.array(lengths)}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def row_ids(batch: Batch) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets of each example that `pack` packed, in their order."""
+    example = batch["example"].numpy().ravel()
+    order = np.argsort(example, kind="stable")
+    ends = np.searchsorted(example[order], np.arange(len(batch["lengths"])), side="right")
+    inputs, targets = (np.split(batch[name].numpy().ravel()[order], ends)[:-1] for name in ("input_ids", "targets"))
+    return zip(inputs, targets, strict=True)
 
 
 def choose_rows(lengths: Sequence[int], reach: float) -> list[list[int]]:

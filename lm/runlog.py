@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import orjson
 from tqdm import tqdm
 
 from lm.files import read_jsonl, whole_file
@@ -20,7 +21,7 @@ SCREEN_EVERY_SEC = 5.0
 class RunLog:
     """Writes on the main process and does nothing on the others.
 
-    train and eval records carry "step" and appear once for each step; on resume they are cut back to the checkpoint's step.
+    Records in logs/ carry "step", rise with it and appear once for each; on resume they are cut back to the checkpoint's step.
     Events only ever grow. On a terminal there is a progress bar, else a line every few seconds.
     """
 
@@ -44,7 +45,7 @@ class RunLog:
         self._wandb = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config)
 
     def cut_back(self, step: int) -> None:
-        """Drop every train and eval record after `step`, and half a line that a kill may have left.
+        """Drop every record in logs/ after `step`, and half a line that a kill may have left.
 
         At step 0 none is kept: a run that evaluates before its first step does so again.
         """
@@ -79,6 +80,11 @@ class RunLog:
             self._recent.clear()  # the rate of training, not of evaluating
             if self._wandb:
                 self._wandb.log({f"eval/{key}": value for key, value in values.items()}, step=step)
+
+    def ledger(self, step: int, **values: Any) -> None:
+        """Record which examples formed one optimizer step (lm/ledger.py)."""
+        if self.main:
+            self._append("logs/ledger.jsonl", {"step": step, **values})
 
     def event(self, event: str, **values: Any) -> None:
         """Record something that happened to the run itself, and make it durable at once."""
@@ -149,20 +155,21 @@ class RunLog:
 
 
 def _keep_until(path: Path, step: int) -> None:
+    """Cut the file off before the first record after `step`, in bounded memory: a ledger may have gigabytes."""
+    kept, within = 0, step > 0
     with open(path, "rb") as file:
-        lines = file.readlines()
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record_step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # a kill in the middle of a line
-                break
-            raise ValueError(f"{path} line {number} is no record ({line!r:.80}): mend or remove that line") from None
-        if 0 < step >= record_step:
-            kept.append(line)
-    with whole_file(path) as partial:
-        partial.write_bytes(b"".join(kept))
+        for number, line in enumerate(file, 1):
+            try:
+                record_step = orjson.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                if not file.peek(1):  # a kill in the middle of a line
+                    break
+                raise ValueError(f"{path} line {number} is no record ({line!r:.80}): mend or remove that line") from None
+            within = within and record_step <= step
+            kept += len(line) if within else 0
+    with open(path, "r+b") as file:
+        file.truncate(kept)
+        os.fsync(file.fileno())
 
 
 def _keep_whole_lines(path: Path) -> None:
