@@ -158,7 +158,8 @@ def measured(args: Context, source: str, papers: Papers) -> dict[str, Any]:
 def weights_digest(source: str) -> str:
     """One SHA-256 for all files of a model, or for the commit of a hub repository."""
     files = [path for name in ("config.json", "model*.safetensors", "pytorch_model*.bin") for path in Path(source).glob(name)]
-    return _digest({path.name: sha256(path) for path in files} or AutoConfig.from_pretrained(source)._commit_hash)
+    commit = None if files else AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash
+    return _digest({path.name: sha256(path) for path in files} or commit)
 
 
 def _digest(value: object) -> str:

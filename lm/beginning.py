@@ -6,8 +6,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lm.checkpoint import Checkpoints, damage
-from lm.files import read_json, sha256
+from lm.checkpoint import Checkpoints, damage, read_fields
+from lm.files import sha256
 from lm.models import ensure_positions, load_model
 from lm.recovery import choose_checkpoint
 from lm.run import main_decides
@@ -53,9 +53,12 @@ def find_beginning(asked: str, pptrain: Path, checkpoint: Path | None) -> Beginn
     Raises: FileNotFoundError if there is no such model; ValueError if it is damaged.
     """
     if checkpoint is not None:
-        state = read_json(checkpoint / "state.json", "the training script")
-        if (began := state.get("pptrain_checkpoint")) and _stands_for(asked, Path(began)):
-            return Beginning(began, state["identity"]["initial_weights"], checkpoint)
+        state = read_fields(checkpoint / "state.json", {"pptrain_checkpoint": str | None, "identity": dict})
+        if (began := state["pptrain_checkpoint"]) and _stands_for(asked, Path(began)):
+            if not isinstance(sha := state["identity"].get("initial_weights"), str):
+                what = f"{checkpoint}/state.json has initial_weights {sha!r:.80} in its identity, a SHA-256 is needed"
+                raise ValueError(f"{what}: pass another checkpoint")
+            return Beginning(began, sha, checkpoint)
     if asked == "none":
         return Beginning()
     path = newest_model(pptrain) if asked == "latest" else _named(Path(asked))
@@ -100,7 +103,7 @@ def check_same_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, pack:
         own = load_tokenizer(folder)
         found = {"tokenizer": fingerprint(own), "eos_token_id": own.eos_token_id}
     elif (folder / "state.json").is_file():  # the checkpoints of single steps hold no tokenizer, but know which it is
-        found = read_json(folder / "state.json", "pptrain.py").get("identity", {})
+        found = read_fields(folder / "state.json", {"identity": dict})["identity"]
     else:
         raise ValueError(f"{folder} has no tokenizer.json, its tokenizer must be known: put it there, or {REMEDY}")
     if differing := [f"{key} {found.get(key)}, not {value}" for key, value in needed.items() if found.get(key) != value]:

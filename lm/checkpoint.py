@@ -4,85 +4,124 @@ RUN/checkpoints/step_00000200/
     config.json, generation_config.json, model.safetensors   what AutoModelForCausalLM.from_pretrained loads
     optimizer.safetensors   one tensor for each moment: "<parameter>/<moment>"
     state.json              what the next step needs beside these (no RNG state: draws are functions of seed and step)
-    manifest.json           size and SHA-256 of each file above, written last
+    manifest.json           size and SHA-256 of each file above, and a SHA-256 of itself; written last
 
-Nothing is pickled. Only the main process writes; every process reads.
+Nothing is pickled, and nothing that is read can run code. Only the main process writes; every process reads.
 """
 
+import json
+import os
 import shutil
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import safetensors.torch
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm.files import read_json, sha256, whole_folder, write_json
-from lm.models import load_model
+from lm.checks import list_faults
+from lm.files import listed, read_json, read_sealed, sha256, whole_folder, write_json, write_sealed
+from lm.models import load_weights
 
-FORMAT = "checkpoint-1"
+FORMAT = "checkpoint-2"
+MADE_BY = "the training script"
+MAX_MANIFEST_BYTES = 2**20  # of a file that names a dozen others
+MOMENTS = {"exp_avg", "exp_avg_sq", "step"}  # of AdamW (lm/optim.py)
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved in the background, the newest `keep` kept, the newest good one found again."""
+    """The checkpoints of one run: saved in the background, the newest `keep` kept, the newest good one found again.
+
+    Training waits for a copy alone, made in CPU memory that is kept for the next one: new memory costs more time than the copy.
+    It is that of one copy, with AdamW in float32 12 bytes for each parameter, and of a second from the first time on that a
+    save finds another one still being written. It is page-locked if the model is on a GPU.
+    """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: deque[Future] = deque()
+        self._writer = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: list[futures.Future] = []  # writes that are not done, or have failed
+        self._idle: list[dict[str, torch.Tensor]] = []  # copies that no write reads any more
 
     def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Copy everything now, write it in the background. Waits only if two writes are not done yet."""
-        self._wait_for_all_but(1)
-        weights, moments = snapshot(model), _moments(model, optimizer)
+        weights, moments = model.state_dict(), _moments(model, optimizer)
+        without = [name for name, parameter in model.named_parameters() if not optimizer.state.get(parameter)]
 
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder, state_dict=weights)
-            safetensors.torch.save_file(moments, folder / "optimizer.safetensors")
+        def write(folder: Path, copies: dict[str, torch.Tensor]) -> None:
+            model.save_pretrained(folder, state_dict={name: copies[name] for name in weights})
+            own, about = {name: copies[name] for name in moments}, {"without_moments": json.dumps(without)}
+            safetensors.torch.save_file(own, folder / "optimizer.safetensors", about)
             write_json(folder / "state.json", {"step": step} | state)
 
-        def job() -> None:
+        def publish(copies: dict[str, torch.Tensor]) -> None:
             path = self.folder / f"step_{step:08d}"
             if path.exists() and damage(path):
                 _set_aside(path, "damaged")  # for whoever wants to know what happened; a good one is replaced in one piece
-            _write_folder(path, write)
+            _write_folder(path, lambda folder: write(folder, copies))
+            _forget(path)
             if fault := damage(path):
                 raise OSError(f"{path} reads back damaged ({fault})")
             self._prune()
 
-        self._pending.append(self._writer.submit(job))
+        self._copy_and(publish, weights | moments)
 
     def save_model(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict) -> None:
         """Write model and tokenizer alone, in the background, as a folder that transformers loads; replaces `path`."""
-        self._wait_for_all_but(1)
-        weights = snapshot(model)
 
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
-            write_json(folder / "about.json", about)
+        def publish(copies: dict[str, torch.Tensor]) -> None:
+            def write(folder: Path) -> None:
+                model.save_pretrained(folder, state_dict=copies)
+                tokenizer.save_pretrained(folder)
+                write_json(folder / "about.json", about)
 
-        self._pending.append(self._writer.submit(_write_folder, path, write))
+            _write_folder(path, write)
+
+        self._copy_and(publish, model.state_dict())
+
+    def _copy_and(self, publish: Callable[[dict[str, torch.Tensor]], None], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the tensors now, and publish the copies in the background."""
+        futures.wait(self._pending[:-1])  # so that there are two copies at most
+        self._pending = [write for write in self._pending if not write.done() or write.exception()]
+        memory = self._idle.pop() if self._idle else {}
+        copy_into(memory, tensors)
+
+        def job() -> None:
+            try:
+                publish({name: memory[name] for name in tensors})
+            finally:
+                self._idle.append(memory)
+
+        self._pending.append(self._writer.submit(job))
 
     def wait(self) -> None:
         """Return once nothing is being written.
 
-        Raises: RuntimeError if a write failed; what was there before is untouched.
+        Raises: RuntimeError if a write failed, whatever the reason; what was there before is untouched.
         """
-        self._wait_for_all_but(0)
+        futures.wait(self._pending)
+        failures = [write.exception() for write in self._pending if write.exception()]
+        self._pending = []
+        if not failures:
+            return
+        error, remedy = failures[0], "see above for what failed"
+        if isinstance(error, (OSError, safetensors.SafetensorError)):
+            remedy = "make room or mend the disk"
+        raise RuntimeError(
+            f"could not write to {self.folder.parent} ({error!s:.500}): {remedy}, then run the same command again; it goes on"
+            " from the newest good checkpoint"
+        ) from error
 
-    def _wait_for_all_but(self, number: int) -> None:
-        while len(self._pending) > number:
-            try:
-                self._pending.popleft().result()
-            except (OSError, safetensors.SafetensorError) as error:
-                raise RuntimeError(
-                    f"could not write to {self.folder.parent} ({error}): make room or mend the disk, then run the same"
-                    " command again; it goes on from the newest good checkpoint"
-                ) from error
+    def close(self) -> None:
+        """Return once nothing is being written, whether that failed or not."""
+        self._writer.shutdown()
+
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return all(write.done() for write in self._pending)
 
     def failed(self) -> bool:
         """Whether a background write has failed since; `wait` then raises."""
@@ -90,7 +129,8 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Every checkpoint under its final name, oldest first, good or not."""
-        return sorted(path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+        found = [path for path in self.folder.glob("step_*") if path.name.isascii() and path.name[5:].isdigit()]
+        return sorted((path for path in found if path.is_dir()), key=_step_in_name)
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint whose files all agree with its manifest; says which newer ones it passes over, and why."""
@@ -105,7 +145,7 @@ class Checkpoints:
         """Set aside every checkpoint newer than `step`: the run goes on from there, and must not return to them."""
         self.wait()
         for path in self.paths():
-            if int(path.name[5:]) > step:
+            if _step_in_name(path) > step:
                 _set_aside(path, "damaged" if damage(path) else "left")
 
     def _prune(self) -> None:
@@ -114,14 +154,20 @@ class Checkpoints:
             shutil.rmtree(path)
 
 
-def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the weights in CPU memory that later updates do not touch."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+def copy_into(memory: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make memory[name] a copy of each tensor in CPU memory that later updates do not touch; memory of before is used again."""
+    for name, tensor in tensors.items():
+        kept = memory.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        kept.copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()  # once for all: the next update may begin
 
 
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}/{moment}": value.detach().to("cpu", copy=True)
+        f"{name}/{moment}": value
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
@@ -130,8 +176,20 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
     with whole_folder(path) as folder:
         write(folder)
-        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
-        write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
+        write_sealed(folder / "manifest.json", {"format": FORMAT, "files": listed(folder, sorted(folder.iterdir()))})
+
+
+def _forget(path: Path) -> None:
+    """Take a folder's files, which are synced, out of the page cache: what is read next comes from the disk."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    for name in path.iterdir():
+        with open(name, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _step_in_name(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _set_aside(path: Path, why: str) -> None:
@@ -143,12 +201,21 @@ def _set_aside(path: Path, why: str) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the files of one checkpoint, or None if they are as they were written."""
+    """What is wrong with the files of one checkpoint, or None if they are as they were written, and no others.
+
+    A file that the manifest does not name is damage too, since transformers may read it as a part of the model. Hidden ones
+    are left to the file systems and tools that make them.
+    """
     try:
-        manifest = read_json(path / "manifest.json", "the training script")
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']!r}, this version reads {FORMAT!r}"
-        for name, expected in manifest["files"].items():
+        manifest = path / "manifest.json"
+        if manifest.is_file() and (size := manifest.stat().st_size) > MAX_MANIFEST_BYTES:
+            return f"manifest.json has {size} bytes, no more than {MAX_MANIFEST_BYTES} are believed"
+        files = read_sealed(manifest, MADE_BY, FORMAT).get("files")
+        if not isinstance(files, dict) or not files:
+            return f"manifest.json names {files!r:.80}, files are needed"
+        if faults := list_faults("manifest.json", files):
+            return faults[0]
+        for name, expected in files.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -156,27 +223,101 @@ def damage(path: Path) -> str | None:
                 return f"{name} has {size} bytes, {expected['size']} were written"
             if sha256(file) != expected["sha256"]:
                 return f"{name} has changed: its SHA-256 is not the one written"
+        present = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+        if strange := sorted(present - files.keys() - {"manifest.json"}):
+            return f"{strange[0]} is not in manifest.json, so it was not written with the rest: move it elsewhere"
     except (OSError, ValueError) as error:
         return str(error)
-    except (KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json is not one ({error!r})"
     return None
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights and moments back, bit for bit, and return state.json. The caller has made sure that `path` is good."""
-    model.load_state_dict(load_model(path).state_dict())  # transformers renames weights on disk, and knows how to undo it
-    moments = safetensors.torch.load_file(path / "optimizer.safetensors")
+def read_fields(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields of a JSON object, such as state.json, each of the kind given for it.
+
+    Args:
+        kinds: as a dataclass annotates its fields: bool, int, float, str, dict, list[...], dict[str, ...], ... | None. An int
+            is a count, so from 0 on.
+
+    Raises: FileNotFoundError if there is no such file; ValueError naming it and each field that is missing or of another kind.
+    """
+    values = read_json(file, MADE_BY)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is {values!r:.80}, an object is needed: pass another checkpoint")
+    found = [f"no {name}" for name in kinds if name not in values]
+    wrong = [name for name, kind in kinds.items() if name in values and not _fits(values[name], kind)]
+    found += [f"{name} is {values[name]!r:.80}, {_called(kinds[name])} is needed" for name in wrong]
+    if found:
+        raise ValueError(f"{file} is not what this trainer wrote ({'; '.join(found)}): pass another checkpoint")
+    return {name: values[name] for name in kinds}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return type(value) is list and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return type(value) is dict and all(_fits(item, inner[1]) for item in value.values())
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63  # type, as isinstance takes True for 1
+    return type(value) is kind
+
+
+def _called(kind: Any) -> str:
+    return "a whole number from 0 on" if kind is int else kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and moments back, bit for bit. The caller has made sure that `path` is good.
+
+    Raises: ValueError, naming file and tensor, if they are not those of this model; the model may have changed then, and the
+        optimizer has not.
+    """
+    moments = _read_moments(path / "optimizer.safetensors", dict(model.named_parameters()))
+    load_weights(path, model)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        prefix = f"{name}/"
-        own = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
-        if own:
+        if own := moments.get(name):
             optimizer.state[parameter] = {
                 moment: value if value.ndim == 0 and not _on_device(optimizer) else value.to(parameter.device)
                 for moment, value in own.items()
             }
-    return read_json(path / "state.json", "the training script")
+
+
+def _read_moments(file: Path, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, torch.Tensor]]:
+    """The moments of each parameter that has any."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            without = json.loads((opened.metadata() or {}).get("without_moments", "null"))
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error!s:.200}): pass another checkpoint") from None
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(name, {})[moment] = tensor
+    if not _fits(without, list[str]) or moments.keys() | set(without) != parameters.keys() or moments.keys() & set(without):
+        faults = [f"those of {', '.join(sorted(moments.keys() ^ parameters.keys())[:3])}"]
+    else:
+        faults = [fault for name, own in moments.items() for fault in _unfit(name, own, parameters[name])]
+    if faults:
+        raise ValueError(f"{file} does not fit the model ({'; '.join(faults[:3])}): pass another checkpoint")
+    return moments
+
+
+def _unfit(name: str, moments: dict[str, torch.Tensor], parameter: torch.nn.Parameter) -> list[str]:
+    """What is wrong with the moments of one parameter."""
+    if moments.keys() != MOMENTS:
+        return [f"{name} has the moments {', '.join(sorted(moments))}, {', '.join(sorted(MOMENTS))} are needed"]
+    needed = {moment: () if moment == "step" else tuple(parameter.shape) for moment in MOMENTS}
+    return [
+        f"{name}/{moment} has shape {tuple(value.shape)} and {value.dtype}, {needed[moment]} and torch.float32 are needed"
+        for moment, value in moments.items()
+        if (tuple(value.shape), value.dtype) != (needed[moment], torch.float32)
+    ]
 
 
 def _on_device(optimizer: torch.optim.Optimizer) -> bool:

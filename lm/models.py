@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+OWN_CODE = "pass another; a model's own code (auto_map) is never run"
 logging.disable_progress_bar()  # transformers draws one for every model that it reads or writes, over ours
 
 
@@ -51,12 +53,14 @@ def _config(name: str):
         config.rope_parameters["partial_rotary_factor"] = shape.rotary
         return config
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
         raise FileNotFoundError(
             f"--model {name} is no preset ({', '.join(PRESETS)}), no folder with a config.json, and not on the hub as it can"
-            f" be reached from here ({str(error).splitlines()[0]}): pass one of these"
+            f" be reached from here ({_gist(error)}): pass one of these"
         ) from None
+    except Exception as error:  # of many kinds, KeyError and validation errors of its own too
+        raise ValueError(f"--model {name} has a config.json that is no good ({_gist(error)}): {OWN_CODE}") from None
 
 
 def is_rotary(config: PreTrainedConfig) -> bool:
@@ -99,24 +103,60 @@ def build_model(
     config.vocab_size = vocab_size
     for key, value in (token_ids or {}).items():
         setattr(config, key, value)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def load_model(name: str | Path) -> PreTrainedModel:
-    """A trained model in float32, from a folder (a run's checkpoint, say) or the hub.
+    """A trained model in float32, from a folder (a run's checkpoint, say) or the hub; no code of its own is run.
 
-    Raises: FileNotFoundError if there is none; ValueError if the weights do not fill the architecture.
+    Raises: FileNotFoundError if there is none with safetensors; ValueError if the weights do not fill the architecture.
     """
+    return _load(name)[0]
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Put the weights of a checkpoint into `model`, bit for bit.
+
+    Raises: as `load_model` does; ValueError, naming a tensor, too if there are others than those of `model`, or one is not of
+        the same shape and float32.
+    """
+    loaded, unexpected = _load(folder)  # transformers renames weights on disk, and knows how to undo it
+    if unexpected:
+        raise ValueError(f"{folder} has the weights {', '.join(unexpected[:5])}, which the model has not: pass another")
+    for file in sorted(folder.glob("*model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        if other := sorted(name for name, dtype in dtypes.items() if dtype in ("F64", "F16", "BF16")):
+            raise ValueError(f"{file} has {other[0]} in {dtypes[other[0]]}, F32 is needed: pass another")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{folder} is not of this model ({' '.join(str(error).split())!s:.300}): pass another") from None
+
+
+def _load(name: str | Path) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of weights that it has no use for."""
+    safe = {"trust_remote_code": False, "use_safetensors": True}  # a pickle is never opened, code never run, and nobody asked
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **safe
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"no model at {name}, neither as a folder nor on the hub as it can be reached from here"
-            f" ({str(error).splitlines()[0]}): pass a folder with config.json and model.safetensors, or a hub name"
+            f" ({_gist(error)}): pass a folder with config.json and model.safetensors, or a hub name"
         ) from None
+    except Exception as error:  # of many kinds, KeyError and validation errors of its own too
+        raise ValueError(f"{name} cannot be loaded ({_gist(error)}): {OWN_CODE}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name} lacks the weights {', '.join(missing[:5])}: it is damaged, or not a causal language model")
-    return model
+    if wrong := [f"{key} {tuple(found)}, not {tuple(needed)}" for key, found, needed in sorted(report["mismatched_keys"])]:
+        raise ValueError(f"{name} has weights not as its config.json says ({'; '.join(wrong[:3])}): it is damaged")
+    return model, sorted(report["unexpected_keys"])
+
+
+def _gist(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300] or repr(error)
 
 
 def architecture(model: PreTrainedModel) -> str:

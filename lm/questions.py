@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from lm.files import read_jsonl, sha256
+from lm.files import sha256
 from lm.graph_text import describe
 from lm.models import is_rotary
-from lm.splits import MADE_BY, SETS, check_files, read_meta
+from lm.splits import SETS, check_files, read_meta, read_rows
 from lm.tokenizer import encode_documents
 
 NEW_TOKENS = 8  # that a model may answer with, unless a valid answer needs more
@@ -37,7 +37,7 @@ def read_questions(folder: Path, split: str, max_examples: int | None = None) ->
         raise ValueError(f"--split {split} is none of {', '.join(SETS)}: pass one of these")
     meta, name = read_meta(folder), f"{split}.jsonl"
     check_files(folder, {name: meta["files"][name]})
-    rows = read_jsonl(folder / name, MADE_BY)[:max_examples]
+    rows = read_rows(folder, split, meta)[:max_examples]
     for line, row in enumerate(rows, 1):
         if wrong := [answer for answer in row["output_texts"] if first_word(answer) != answer]:
             raise ValueError(f"{folder / name} line {line} has the answer {wrong[0]!r}, one word is needed: use other data")

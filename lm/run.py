@@ -6,6 +6,7 @@ RUN/logs/*.jsonl   the records (lm/runlog.py)
 """
 
 import fcntl
+import multiprocessing
 import os
 import platform
 import shlex
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +64,7 @@ class Run:
     accelerator: Accelerator
     log: RunLog
     stop: StopSignal
+    at_end: ExitStack  # what is still to be done when the run is left, also after an error
 
     def agree(self, *flags: int) -> list[int]:
         """The maximum of each flag over all processes, so that all of them act alike."""
@@ -89,19 +91,21 @@ def main_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 
 def run_and_exit(main: Callable[[T], int], args: T) -> NoReturn:
-    """Run a trainer's `main` and end this process with its exit code.
+    """Run a trainer's `main` and end this process with its exit code, once everything is written and synced.
 
-    One of several processes neither destroys its process group nor waits for Python's teardown: in both, the gradient reducer
-    of torch 2.13 takes the group down while it holds the interpreter's lock, for which a thread of that group may be waiting
-    (seen with gloo: one exit in ten never ended). By then everything is written and synced.
+    Python's own end is not waited for. After an error it would join loader processes, which leave signals to the trainer and
+    so do not end when they are asked to. And with several processes the gradient reducer of torch 2.13 takes the group down
+    while it holds the interpreter's lock, for which a thread of that group may be waiting (seen with gloo: one exit in ten).
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(main(args))
     try:
         code = main(args)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1
+    for loader in multiprocessing.active_children():
+        loader.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -162,11 +166,10 @@ def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -
     if main and args.wandb_project:
         log.open_wandb(args.wandb_project, args.wandb_run_name or folder.name, asdict(args) | derived)
     accelerator.wait_for_everyone()
-    try:
-        yield Run(folder, accelerator, log, StopSignal())
-    finally:
+    with ExitStack() as at_end:
         if lock is not None:
-            lock.close()
+            at_end.callback(lock.close)
+        yield Run(folder, accelerator, log, StopSignal(), at_end)
 
 
 def _write_provenance(folder: Path, args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> None:

@@ -4,9 +4,9 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from accelerate.utils import send_to_device
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from lm import draws
 from lm.args import RunArgs
-from lm.checkpoint import Checkpoints, load_checkpoint
+from lm.checkpoint import Checkpoints, load_checkpoint, read_fields
 from lm.files import read_json
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
-from lm.run import Run
+from lm.run import Run, main_decides
 from lm.step import LossSum, StepResult, settle, train_step
 
 
@@ -59,6 +59,7 @@ class Session:
         self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
         settle(self.accelerator, self.model, send_to_device(sample, self.accelerator.device), loss_sum)
         self.checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
+        run.at_end.callback(self.checkpoints.close)
         self.progress, self.identity = progress, identity
         self.rollbacks: Counter[int] = Counter()
 
@@ -69,7 +70,7 @@ class Session:
         """
         path = find_checkpoint(self.run, self.checkpoints, self.args.resume_from)
         if path is not None:
-            refuse_another_run(path, read_json(path / "state.json", "the training script")["identity"], self.identity)
+            refuse_another_run(path, read_fields(path / "state.json", {"identity": dict})["identity"], self.identity)
             self._restore(path)
         self.run.log.cut_back(self.progress.step)
         self.run.log.event(
@@ -128,42 +129,62 @@ class Session:
     def give_up(self, error: Exception) -> NoReturn:
         """Save everything and raise `error`, on every process."""
         self._save()
-        self.checkpoints.wait()
-        self.accelerator.wait_for_everyone()  # a launcher that sees one process end would not let the main one finish writing
+        self._finish_writing()  # together: a launcher that sees one process end would not let the main one finish writing
         raise error
 
     def finish(self, tokenizer, about: dict[str, Any]) -> None:
         """Write the final model, with what its folder says of it."""
         final = self.run.folder / "final"
+        self._finish_writing()
+
+        def is_written() -> bool:
+            return final.exists() and read_json(final / "about.json", "the training script") == about
+
+        if main_decides(self.accelerator, is_written):
+            self.run.log.say(f"{self.run.folder} was finished before")
+            return
         if self.accelerator.is_main_process:
-            self.checkpoints.wait()
-            if final.exists() and read_json(final / "about.json", "the training script") == about:
-                self.run.log.say(f"{self.run.folder} was finished before")
-            else:
-                self.checkpoints.save_model(final, self.bare, tokenizer, about)
-                self.checkpoints.wait()
-                self.run.log.event("finished", **about)
+            self.checkpoints.save_model(final, self.bare, tokenizer, about)
+        self._finish_writing()
+        self.run.log.event("finished", **about)
 
     def _agree_to_stop(self) -> int:
         """The signal that came to any process, or 0. Raises: RuntimeError if a checkpoint could not be written."""
         stop, write_failed = self.run.agree(self.run.stop.received, self.checkpoints.failed())
         if write_failed:
-            self.checkpoints.wait()  # raises on the process that wrote
-            raise RuntimeError("the main process could not write a checkpoint: its message says why")
+            self._finish_writing()
         return stop
 
+    def _finish_writing(self) -> None:
+        """Return, on every process, once nothing is being written. Raises: RuntimeError on each of them if a write failed."""
+        failure = None
+        try:
+            self.checkpoints.wait()
+        except RuntimeError as error:
+            failure = error
+        (failed,) = self.run.agree(failure is not None)
+        if failed:
+            raise failure or RuntimeError("the main process could not write a checkpoint: its message says why")
+
     def _say_stopped(self, stop: int) -> None:
-        self.checkpoints.wait()
+        self._finish_writing()
         self.run.log.event("stopped", step=self.progress.step, signal=signal.Signals(stop).name)
 
     def _restore(self, path: Path) -> None:
         """Make everything what it was when this checkpoint was saved."""
-        state = load_checkpoint(path, self.bare, self.optimizer)
-        self.progress = type(self.progress)(**{field.name: state[field.name] for field in fields(self.progress)})
+        kinds = get_type_hints(type(self.progress))
+        state = read_fields(path / "state.json", kinds | {"loss_scale": dict[str, float] | None})
+        scaler = self.accelerator.scaler
+        if (scaler and scaler.state_dict().keys()) != (state["loss_scale"] and state["loss_scale"].keys()):
+            raise ValueError(
+                f"{path}/state.json has loss_scale {state['loss_scale']!r:.80}, of another --precision: pass another"
+            )
+        load_checkpoint(path, self.bare, self.optimizer)
+        self.progress = type(self.progress)(**{name: state[name] for name in kinds})
         if self.accelerator.is_main_process:
             self.checkpoints.leave_after(self.progress.step)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+        if scaler is not None:
+            scaler.load_state_dict(state["loss_scale"])
 
     def _save(self) -> None:
         """Checkpoint everything; the log up to here is made durable first."""
@@ -178,7 +199,7 @@ class Session:
 
         Raises: RuntimeError if that has been done from the same checkpoint three times.
         """
-        self.checkpoints.wait()
+        self._finish_writing()
         path = find_checkpoint(self.run, self.checkpoints, "latest")
         failed_at, bad = self.progress.step + 1, self.progress.data_step
         self._restore(path)

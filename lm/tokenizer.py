@@ -38,7 +38,7 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
             f"(samples/tokenizer_neox), or connect to the hub"
         ) from None
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(name_or_folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(name_or_folder), trust_remote_code=False)
     except Exception as error:  # the Rust side raises plain Exception
         raise ValueError(f"{file} is not a tokenizer ({error}): make or download it again") from None
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -43,7 +43,7 @@ def step_of(folder: Path) -> int | None:
 def find_config(source: str) -> PreTrainedConfig:
     """The configuration of a model. Raises: FileNotFoundError if there is no model."""
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model {source}, here or on the hub as it can be reached from here ({str(error).splitlines()[0]}):"

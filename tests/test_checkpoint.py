@@ -1,11 +1,29 @@
+import functools
 import json
+import math
+import re
 import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from training import TINY, flags, run
 
-from lm.checkpoint import Checkpoints, damage, load_checkpoint
-from lm.models import build_model
+import pptrain
+import pretrain
+import train
+from lm.args import parse
+from lm.beginning import find_beginning
+from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields
+from lm.files import sha256, write_json, write_sealed
+from lm.models import build_model, load_model
 from lm.optim import adamw
 
 
@@ -26,10 +44,10 @@ def update(model, optimizer):
     optimizer.zero_grad()
 
 
-def saved(folder, trained, steps, keep=3):
+def saved(folder, trained, steps, keep=3, state=None):
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(step, *trained, {"note": step})
+        checkpoints.save(step, *trained, state or {"note": step})
     checkpoints.wait()
     return checkpoints
 
@@ -39,7 +57,8 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path, trained):
     torch.manual_seed(9)
     model = build_model("neox-64x2", 50, 16)
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
-    assert load_checkpoint(path, model, optimizer) == {"step": 2, "note": 2}
+    load_checkpoint(path, model, optimizer)
+    assert read_fields(path / "state.json", {"step": int, "note": int}) == {"step": 2, "note": 2}
     for _ in range(2):  # and what is computed from it
         update(model, optimizer)
         update(*trained)
@@ -140,4 +159,408 @@ def test_a_failed_write_is_loud_and_leaves_the_last_good_one(tmp_path, trained):
 def test_nothing_is_pickled(tmp_path, trained):
     (path,) = saved(tmp_path, trained, [1]).paths()
     assert sorted(file.suffix for file in path.iterdir()) == [".json"] * 4 + [".safetensors"] * 2
-    assert json.loads((path / "manifest.json").read_text())["format"] == "checkpoint-1"
+    assert json.loads((path / "manifest.json").read_text())["format"] == "checkpoint-2"
+
+
+def reseal(path: Path, **changes) -> None:
+    """Write a manifest that agrees with the files that are there, changed like this."""
+    files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in path.iterdir()}
+    del files["manifest.json"]
+    write_sealed(path / "manifest.json", {"format": "checkpoint-2", "files": files} | changes)
+
+
+def test_memory_of_a_copy_is_used_again_when_its_write_is_done_and_not_before(tmp_path, trained, monkeypatch):
+    model, optimizer = trained
+    go, seen = threading.Semaphore(0), []
+    write = type(model).save_pretrained
+
+    def slow(self, folder, state_dict):
+        seen.append({name: tensor.data_ptr() for name, tensor in state_dict.items()})
+        go.acquire()
+        write(self, folder, state_dict=state_dict)
+
+    monkeypatch.setattr(type(model), "save_pretrained", slow)
+    checkpoints, expected = Checkpoints(tmp_path, 9), {}
+    for step in (2, 3, 4, 5):
+        if step > 3:
+            go.release()  # or the third would wait for the first
+        checkpoints.save(step, model, optimizer, {})
+        expected[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        update(model, optimizer)  # while both are still to be written
+    for _ in range(2):
+        go.release()
+    checkpoints.wait()
+    for path in checkpoints.paths():
+        written = load_model(path).state_dict()
+        assert all(torch.equal(written[name], tensor) for name, tensor in expected[int(path.name[5:])].items())
+    assert seen[0] != seen[1]
+    assert seen[2:] == seen[:2]
+
+
+def test_a_smaller_model_after_a_larger_one_does_not_take_its_memory(tmp_path, trained):
+    checkpoints = saved(tmp_path, trained, [1])
+    small = build_model("neox-64x2", 40, 16)
+    checkpoints.save(2, small, adamw(small, 1e-3, (0.9, 0.95), 1e-6, 0.01), {})
+    checkpoints.wait()
+    written = load_model(checkpoints.paths()[-1]).state_dict()
+    assert {name: tensor.shape for name, tensor in written.items()} == {
+        name: tensor.shape for name, tensor in small.state_dict().items()
+    }
+    assert safetensors.torch.load_file(checkpoints.paths()[-1] / "optimizer.safetensors") == {}
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), KeyError("a bug"), safetensors.SafetensorError("a bad tensor"), SystemExit(3)]
+)
+def test_whatever_ends_a_write_is_loud_even_when_a_later_one_succeeds(error, tmp_path, trained, monkeypatch):
+    checkpoints = saved(tmp_path, trained, [1])
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", fail)
+        checkpoints.save(2, *trained, {})
+        while not checkpoints.failed():
+            pass
+    for step in (3, 4):
+        checkpoints.save(step, *trained, {})
+    assert checkpoints.failed()
+    with pytest.raises(RuntimeError, match=f"could not write to .*{error.args[0]}.*run the same command again") as raised:
+        checkpoints.wait()
+    assert raised.value.__cause__ is error
+    assert [path.name[-1] for path in checkpoints.paths()] == ["1", "3", "4"]
+    assert not checkpoints.failed()
+
+
+def test_a_failed_write_ends_every_process_at_the_next_step(papers_dir, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import safetensors.torch, train\n"
+        "from lm.args import parse\n"
+        "from lm.run import run_and_exit\n"
+        "write = safetensors.torch.save_file\n"
+        "def save_file(tensors, *rest):\n"
+        "    if float(next((v for k, v in tensors.items() if k.endswith('/step')), 0)) == 10:\n"
+        "        raise MemoryError('none is left')\n"
+        "    write(tensors, *rest)\n"
+        "safetensors.torch.save_file = save_file\n"
+        "run_and_exit(train.main, parse(train.Args))\n"
+    )
+    folder = tmp_path / "run"
+    assert run(folder, papers_dir, processes=2, script=script) == 1
+    said = Path(f"{folder}.out").read_text()
+    assert "(none is left): see above for what failed, then run the same command again" in said
+    assert "RuntimeError: the main process could not write a checkpoint: its message says why" in said
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000000", "step_00000005"]
+    last = json.loads((folder / "logs/train.jsonl").read_text().splitlines()[-1])["step"]
+    assert 10 <= last < 15
+
+
+ENTRY = {"size": 1, "sha256": "0" * 64}
+OUTSIDE = "a file inside the folder is needed"
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({}, "manifest.json names {}, files are needed"),
+        (None, "manifest.json names None, files are needed"),
+        ([], "manifest.json names [], files are needed"),
+        ({"config.json": None}, "config.json is None, an object is needed"),
+        ({"config.json": {"size": True, "sha256": ""}}, "config.json has size True, int is needed"),
+        ({"config.json": {"size": 1.0, "sha256": ""}}, "config.json has size 1.0, int is needed"),
+        ({"config.json": {"size": -1, "sha256": ""}}, "config.json has size -1, 0 to"),
+        ({"config.json": {"size": 1, "sha256": 0}}, "config.json has sha256 0, str is needed"),
+        ({"config.json": {"size": 1}}, "config.json has sha256 None, str is needed"),
+        ({"../step_00000001/config.json": ENTRY}, OUTSIDE),
+        ({"/etc/passwd": ENTRY}, OUTSIDE),
+        ({".": ENTRY}, OUTSIDE),
+        ({"": ENTRY}, OUTSIDE),
+        ({"a\0b": ENTRY}, OUTSIDE),
+        ({"a" * 300: ENTRY}, OUTSIDE),
+        ({"other.json": ENTRY}, "other.json is missing"),
+    ],
+)
+def test_a_sealed_manifest_of_strange_files_is_damage(files, fault, tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    reseal(path, files=files)
+    assert fault in damage(path)
+
+
+def test_a_manifest_that_is_huge_or_nested_is_damage(tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    (path / "manifest.json").write_text("[" * 100_000)
+    assert "nested too deeply" in damage(path)
+    with open(path / "manifest.json", "wb") as file:
+        file.truncate(2**40)  # takes no room, and would not fit into memory
+    assert damage(path) == f"manifest.json has {2**40} bytes, no more than 1048576 are believed"
+
+
+def test_a_file_that_was_not_written_with_the_rest_is_damage(tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    (path / ".nfs0000001").write_text("a file system's own")
+    assert damage(path) is None
+    (path / "adapter_config.json").write_text("{}")
+    assert damage(path) == "adapter_config.json is not in manifest.json, so it was not written with the rest: move it elsewhere"
+
+
+def test_only_folders_with_a_number_are_checkpoints(tmp_path, trained):
+    checkpoints = saved(tmp_path, trained, [2])
+    for name in ("step_\u00b2", "step_", "step_x", "step_99999999", "step_100000000"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_3").write_text("a file")
+    assert [path.name for path in checkpoints.paths()] == ["step_00000002", "step_99999999", "step_100000000"]
+
+
+def misfit(tensors: dict[str, torch.Tensor], **changes) -> dict[str, torch.Tensor]:
+    """The same tensors but for some, where None takes one away."""
+    return {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+
+
+BIAS = "gpt_neox.final_layer_norm.bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({f"{BIAS}/exp_avg": None}, f"{BIAS} has the moments exp_avg_sq, step, exp_avg, exp_avg_sq, step are needed"),
+        ({f"{BIAS}/{moment}": None for moment in ("exp_avg", "exp_avg_sq", "step")}, f"those of {BIAS}"),
+        ({"elsewhere/exp_avg": torch.zeros(3)}, "those of elsewhere"),
+        ({"elsewhere": torch.zeros(3)}, "does not fit the model"),
+        ({f"{BIAS}/third": torch.zeros(64)}, "has the moments exp_avg, exp_avg_sq, step, third"),
+        ({f"{BIAS}/exp_avg": torch.zeros(63)}, f"{BIAS}/exp_avg has shape (63,) and torch.float32, (64,)"),
+        ({f"{BIAS}/exp_avg": torch.zeros(())}, f"{BIAS}/exp_avg has shape ()"),
+        ({f"{BIAS}/step": torch.zeros(64)}, f"{BIAS}/step has shape (64,)"),
+        ({f"{BIAS}/exp_avg": torch.zeros(64, dtype=torch.float16)}, f"{BIAS}/exp_avg has shape (64,) and torch.float16"),
+    ],
+)
+def test_moments_of_another_model_are_refused_before_anything_changes(changes, fault, tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    model, optimizer = trained
+    update(model, optimizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file = path / "optimizer.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    safetensors.torch.save_file(misfit(safetensors.torch.load_file(file), **changes), file, about)
+    reseal(path)
+    assert damage(path) is None
+    with pytest.raises(ValueError, match=re.escape(fault)) as raised:
+        load_checkpoint(path, model, optimizer)
+    assert str(raised.value).startswith(f"{file} does not fit the model (")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({BIAS: None}, f"lacks the weights {BIAS}"),
+        ({"elsewhere": torch.zeros(3)}, "has the weights elsewhere, which the model has not"),
+        ({BIAS: torch.zeros(63)}, f"{BIAS} (63,), not (64,)"),
+        ({BIAS: torch.zeros(64, dtype=torch.float16)}, f"has {BIAS} in F16, F32 is needed"),
+    ],
+)
+def test_weights_of_another_model_are_refused(changes, fault, tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    file = path / "model.safetensors"
+    safetensors.torch.save_file(misfit(safetensors.torch.load_file(file), **changes), file, {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        load_checkpoint(path, *trained)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 64])
+def test_a_file_that_holds_no_tensors_is_refused(name, content, tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    (path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"optimizer.safetensors cannot be read|step_00000001 cannot be loaded"):
+        load_checkpoint(path, *trained)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, trained):
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    other = build_model("neox-64x2", 51, 16)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_checkpoint(path, other, adamw(other, 1e-3, (0.9, 0.95), 1e-6, 0.01))
+
+
+def test_moments_that_a_parameter_never_had_are_not_asked_for(tmp_path, trained):
+    model, optimizer = trained
+    del optimizer.state[model.gpt_neox.final_layer_norm.bias]  # as of one that no gradient reached
+    (path,) = saved(tmp_path, trained, [1]).paths()
+    load_checkpoint(path, model, optimizer)
+    assert len(optimizer.state) == len(list(model.parameters())) - 1
+
+
+@pytest.fixture
+def stopped(papers_dir, tmp_path):
+    """A function that goes on with a run of train.py of two steps in this process, and the folder of its newest checkpoint."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    settings = TINY | {"data_dir": papers_dir, "token_budget": 576, "output_dir": tmp_path / "run"}
+    go = functools.partial(train.main, parse(train.Args, flags(**settings, force_cpu=True)))
+    go()
+    yield go, tmp_path / "run/checkpoints/step_00000002"
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_state_that_is_none_is_refused_naming_file_and_field(stopped):
+    go, path = stopped
+    state = json.loads((path / "state.json").read_text())
+    for change, fault in [
+        ({"step": "2"}, "step is '2', a whole number from 0 on is needed"),
+        ({"step": True}, "step is True, a whole number from 0 on is needed"),
+        ({"step": -1}, "step is -1, a whole number"),
+        ({"step": 2.0}, "step is 2.0, a whole number"),
+        ({"step": 2**63}, f"step is {2**63}, a whole number"),
+        ({"data_offset": None}, "data_offset is None, a whole number"),
+        ({"val_losses": {}}, "val_losses is {}, list[float] is needed"),
+        ({"val_losses": ["1"]}, "val_losses is ['1'], list[float] is needed"),
+        ({"loss_scale": 3}, "loss_scale is 3, dict[str, float] | None is needed"),
+        ({"loss_scale": {}}, "loss_scale {}, of another --precision"),
+        ({"identity": []}, "identity is [], dict is needed"),
+        (dict.fromkeys(state), "identity is None, dict is needed"),
+    ]:
+        write_json(path / "state.json", state | change)
+        reseal(path)
+        with pytest.raises(ValueError, match=re.escape(f"{path}/state.json")) as raised:
+            go()
+        assert fault in str(raised.value)
+    for content, fault in [
+        ([], "is [], an object is needed"),
+        ({}, "no identity"),
+        ({"identity": state["identity"]}, "no step"),
+    ]:
+        write_json(path / "state.json", content)
+        reseal(path)
+        with pytest.raises(ValueError, match=re.escape(f"{path}/state.json")) as raised:
+            go()
+        assert fault in str(raised.value)
+    write_json(path / "state.json", state)
+    reseal(path)
+    assert go() == 0
+
+
+# Fuzzing: whatever bytes or JSON stand in a file, there is an answer or an error that names the file.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+FUZZ = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def mutated(draw, value: Any) -> Any:
+    """A JSON value with one part of it replaced, removed or added."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 4)):
+        key = draw(st.sampled_from(sorted(value)))
+        rest = {name: part for name, part in value.items() if name != key}
+        how = draw(st.sampled_from(["inside", "remove", "rename"]))
+        if how == "remove":
+            return rest
+        return rest | ({draw(st.text()): value[key]} if how == "rename" else {key: draw(mutated(value[key]))})
+    return draw(JSON)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """One good checkpoint, for tests that put back what they change."""
+    torch.manual_seed(0)
+    model = build_model("neox-64x2", 50, 16)
+    state = {
+        "data_offset": 0,
+        "pptrain_checkpoint": "/a",
+        "since": {"a": 0.5},
+        "recent": [True],
+        "identity": {"initial_weights": "b"},
+    }
+    optimizer = adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
+    return saved(tmp_path_factory.mktemp("good"), (model, optimizer), [3], state=state).paths()[0]
+
+
+def fuzzed(good: Path, name: str):
+    """Strategies for the content of one of its JSON files: any bytes, any JSON, its own JSON changed in one place."""
+    content = (good / name).read_bytes()
+    cut = st.integers(0, len(content) - 1)
+    flipped = st.tuples(cut, st.integers(1, 255)).map(
+        lambda at: content[: at[0]] + bytes([content[at[0]] ^ at[1]]) + content[at[0] + 1 :]
+    )
+    return st.binary() | cut.map(lambda end: content[:end]) | flipped
+
+
+def answer(make: Callable[[], Any]) -> tuple[Any, str]:
+    """What is made, or None and the message of the ValueError or FileNotFoundError that is raised instead."""
+    try:
+        return make(), ""
+    except (ValueError, FileNotFoundError) as error:
+        return None, str(error)
+
+
+def test_any_manifest_is_good_or_damage(good):
+    file, original = good / "manifest.json", (good / "manifest.json").read_bytes()
+    manifest = {name: value for name, value in json.loads(original).items() if name != "sha256"}
+    as_json = JSON.filter(lambda value: not isinstance(value, dict))
+
+    @FUZZ
+    @given(content=fuzzed(good, "manifest.json") | as_json.map(lambda value: json.dumps(value).encode()))
+    def raw(content):
+        file.write_bytes(content)
+        fault = damage(good)
+        assert isinstance(fault, str) == (content != original)
+
+    @FUZZ
+    @given(value=mutated(manifest).filter(lambda value: isinstance(value, dict)))
+    def sealed(value):
+        write_sealed(file, value)
+        fault = damage(good)
+        assert isinstance(fault, str) or {**value, "sha256": None}.items() >= manifest.items()
+
+    try:
+        raw()
+        sealed()
+    finally:
+        file.write_bytes(original)
+    assert damage(good) is None
+
+
+@pytest.mark.parametrize("trainer", [train, pptrain, pretrain])
+def test_any_state_is_of_the_kinds_of_the_trainers_progress_or_refused(good, trainer):
+    file, original = good / "state.json", (good / "state.json").read_bytes()
+    kinds = get_type_hints(trainer.Progress)
+    whole = {"loss_scale": None, "identity": {"initial_weights": "b"}} | vars(trainer.Progress())
+
+    @FUZZ
+    @given(content=fuzzed(good, "state.json") | mutated(whole).map(lambda value: json.dumps(value).encode()))
+    def law(content):
+        file.write_bytes(content)
+        reseal(good)
+        assert damage(good) is None
+        progress, fault = answer(lambda: trainer.Progress(**read_fields(file, kinds)))
+        if progress is None:
+            assert fault.startswith(str(file))
+        else:
+            assert type(progress.step) is type(progress.data_offset) is int
+            assert progress.data_step >= progress.step >= 0
+            assert all(type(flag) is bool for flag in getattr(progress, "recent", []))
+            assert all(math.isfinite(loss) for loss in getattr(progress, "val_losses", []))
+        began, fault = answer(lambda: find_beginning("/a", good.parent, good))
+        if began is None:
+            assert fault.startswith((str(file), "no model in /a"))
+        else:
+            assert began.path is None or type(began.path) is type(began.sha256) is str
+
+    try:
+        law()
+    finally:
+        file.write_bytes(original)
+        reseal(good)

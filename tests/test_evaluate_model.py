@@ -14,6 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from evaluate_model import main
 from lm.checkpoint import Checkpoints
 from lm.evaluation import read_evaluation
+from lm.files import write_sealed
 from lm.measure import mean_and_se
 from lm.papers import read_papers
 from lm.tokenizer import fingerprint
@@ -48,7 +49,7 @@ def write_store(folder: Path) -> Path:
         name: {"size": len(data := (folder / name).read_bytes()), "sha256": hashlib.sha256(data).hexdigest()} for name in names
     }
     meta = {
-        "format": "papers-1",
+        "format": "papers-2",
         "dtype": "uint16",
         "vocab_size": V,
         "tokenizer": {"name": "words", "fingerprint": fingerprint(tokenizer)},
@@ -59,7 +60,7 @@ def write_store(folder: Path) -> Path:
         "left_out": {},
         "files": files,
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_sealed(folder / "meta.json", meta)
     return folder
 
 
