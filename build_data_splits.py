@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lm.args import below, check, parse
 from lm.external_generator import load_class
-from lm.files import locked, sha256, whole_folder, write_json
+from lm.files import locked, sha256, whole_folder, write_sealed
 from lm.graph_search import Task
 from lm.graph_text import describe, prompt_digest
 from lm.splits import FORMAT, SETS, check_files, identify, read_meta, splits_folder
@@ -258,7 +258,7 @@ def build(args: Args, folder: Path) -> None:
             **facts,
             "files": files,
         }
-        write_json(partial / "meta.json", meta)
+        write_sealed(partial / "meta.json", meta)
 
 
 def summary(args: Args, meta: dict) -> list[str]:

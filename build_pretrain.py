@@ -27,12 +27,13 @@ from tqdm import tqdm
 from lm.args import below, check, parse
 from lm.corpus import File, digest, find_files, hub_files, read_manifest
 from lm.documents import Reading, cut
-from lm.files import locked
+from lm.files import listed, locked
 from lm.packer import Packer, new_state
 from lm.paper_writer import refuse_other
+from lm.papers import DTYPES
 from lm.piece_packer import Job, PiecePacker
 from lm.records import TextUnit
-from lm.shards import DTYPES, read_state
+from lm.shards import Pack, read_state
 from lm.sources import disk_full
 from lm.workers import CONTEXT
 
@@ -228,6 +229,7 @@ def begin(args: Args, job: Job, header: dict, corpus: Corpus, tokenizer) -> Pack
     found = read_state(args.folder)
     if found is not None:
         refuse_other(found[0]["header"], header, args.folder)
+        Pack(args.folder)  # looks at sizes and tokenizer, so that nothing is added to a damaged pack
         return Packer(args.folder, found[0], job)
     ours = ("held_out.bin", "tokenizer")  # a run that was killed before progress.json began with these
     if strangers := [path.name for path in args.folder.iterdir() if path.name not in ours and not path.name.startswith(".")]:
@@ -236,7 +238,8 @@ def begin(args: Args, job: Job, header: dict, corpus: Corpus, tokenizer) -> Pack
 
     held_out = write_held_out(args, job, corpus)
     save_tokenizer(tokenizer, args.folder / "tokenizer")
-    packer = Packer(args.folder, new_state(header, held_out, corpus.about | {"tokenizer": args.tokenizer}), job)
+    files = listed(args.folder, sorted(path for path in (args.folder / "tokenizer").rglob("*") if path.is_file()))
+    packer = Packer(args.folder, new_state(header, held_out, files, corpus.about | {"tokenizer": args.tokenizer}), job)
     packer.save()
     return packer
 

@@ -20,6 +20,10 @@ import pyarrow as pa
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 HUB = "hf://"
+_UNREADABLE = (
+    f"is of no kind that can be read ({', '.join(KINDS)}, all but .parquet also with {' or '.join(COMPRESSIONS)}): leave it"
+    " out, or name it for what it is"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def find_files(patterns: Sequence[str]) -> list[File]:
     """
     names: list[str] = []
     for pattern in patterns:
-        if Path(pattern).is_file():  # also one whose name has brackets
+        if os.path.isfile(pattern):  # also one whose name has brackets
             found = [pattern]
         elif Path(pattern).is_dir():
             found = [str(path) for path in sorted(Path(pattern).rglob("*")) if path.is_file() and kind_of(path.name)]
@@ -85,8 +89,10 @@ def read_manifest(path: Path) -> list[File]:
         name = os.path.normpath(path.parent / line.strip())
         if name in seen:
             raise ValueError(f"{path} line {number} lists {name} again, line {seen[name]} did: remove one")
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"{path} line {number}: no file {name}: mend the line, or fetch the file")
+        if not os.path.isfile(name):  # unlike Path.is_file, also False for a name that no file can have
+            raise FileNotFoundError(f"{path} line {number}: no file {name:.400}: mend the line, or fetch the file")
+        if not kind_of(name):
+            raise ValueError(f"{path} line {number} lists {name}, which {_UNREADABLE}")
         seen[name] = number
     if not seen:
         raise ValueError(f"{path} lists no file, one at least is needed")
@@ -95,8 +101,7 @@ def read_manifest(path: Path) -> list[File]:
 
 def _local(names: Sequence[str]) -> list[File]:
     if unknown := [name for name in names if not kind_of(name)]:
-        kinds = f"{', '.join(KINDS)}, all but .parquet also with {' or '.join(COMPRESSIONS)}"
-        raise ValueError(f"{unknown[0]} is of no kind that can be read ({kinds}): leave it out, or name it for what it is")
+        raise ValueError(f"{unknown[0]} {_UNREADABLE}")
     facts = {(stat.st_dev, stat.st_ino): (name, stat) for name, stat in ((n, Path(n).stat()) for n in reversed(list(names)))}
     return [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in reversed(facts.values())]
 

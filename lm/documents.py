@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lm import draws
 from lm.corpus import File, compression_of, kind_of, open_bytes
-from lm.records import Record, TextUnit, place, records
+from lm.records import Record, TextUnit, is_damage, place, records
 
 PIECE_BYTES = 64 * 2**20  # on the disk
 FILES_IN_A_PIECE = 10_000
@@ -81,13 +82,25 @@ def _parts(file: File, reading: Reading) -> list[Piece]:
         return []
     count, length = -(-file.size // PIECE_BYTES), file.size
     if kind == "parquet":
-        with open_bytes(file.name) as stream:
-            length = pq.ParquetFile(stream).metadata.num_row_groups
+        length = _row_groups(file.name)
         count = min(count, length)
     elif kind != "jsonl" and reading.text_unit != "line":
         return []
+    if not count:  # it has no row group, or is damaged, which is said when it is read
+        return []
     cuts = [length * i // count for i in range(count + 1)]
     return [Piece((file.name,), file.size // count, *ends) for ends in itertools.pairwise(cuts)]
+
+
+def _row_groups(file: str) -> int:
+    """How many row groups a Parquet file has, 0 if that cannot be read."""
+    try:
+        with open_bytes(file) as stream:
+            return pq.ParquetFile(stream).metadata.num_row_groups
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+        return 0
 
 
 def documents(piece: Piece, number: int, reading: Reading, skip: int = 0) -> Iterator[Document]:

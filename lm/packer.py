@@ -7,16 +7,15 @@ all before it are there. meta.json is written when enough are. What was publishe
 import itertools
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lm.files import sync, write_json
+from lm.files import sync, write_sealed
 from lm.piece_packer import Job, PiecePacker, Stopped, finished
-from lm.shards import FORMAT
+from lm.shards import FORMAT, totals
 from lm.workers import CONTEXT, worker_pool
 
 TICK_SEC = 0.25
@@ -87,7 +86,7 @@ class Packer:
 
     def save(self) -> None:
         """Write progress.json."""
-        write_json(self.folder / "progress.json", self.state)
+        write_sealed(self.folder / "progress.json", self.state)
 
     def run(self, numbers: Iterator[int], num_workers: int, publish: bool, show: Callable[[int, int], None]) -> None:
         """Pack these pieces, as many as are needed, each by one of `num_workers` processes.
@@ -159,16 +158,8 @@ class Packer:
 
     def finish(self) -> dict[str, Any]:
         """Write meta.json, remove what only the packing needed, and return the meta."""
-        seq_len, shards = self.state["header"]["seq_len"], self.state["shards"]
-        num_blocks = max(self.tokens - 1, 0) // seq_len
-        left_out: Counter[str] = Counter()
-        for shard in shards:
-            left_out.update(shard["left_out"])
-        sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "compared", "differing")}
-        meta = self.state | {f"num_{key}": value for key, value in sums.items()}
-        meta |= {"num_blocks": num_blocks, "left_out": dict(sorted(left_out.items()))}
-        meta |= {"tokens_after_the_last_block": self.tokens - 1 - num_blocks * seq_len if num_blocks else self.tokens}
-        write_json(self.folder / "meta.json", meta)
+        meta = self.state | totals(self.state)
+        write_sealed(self.folder / "meta.json", meta)
         self._tidy()
         return meta
 
@@ -190,8 +181,8 @@ def _pack(number: int, shard: int, record: int) -> None:
         _worker.pack(number, shard, record)
 
 
-def new_state(header: dict[str, Any], held_out: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def new_state(header: dict[str, Any], held_out: dict[str, Any], files: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """What progress.json says before the first shard."""
     start = {"piece": 0, "shard": 0, "record": held_out["first_record"]}
-    state = {"format": FORMAT, "header": header, "target_blocks": None, "about": about}
+    state = {"format": FORMAT, "header": header, "target_blocks": None, "about": about, "files": files}
     return state | {"held_out": held_out, "next": start, "shards": []}

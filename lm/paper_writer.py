@@ -15,18 +15,29 @@ from typing import Any
 
 import numpy as np
 
-from lm.files import read_json, read_jsonl, sha256, sync, write_json
-from lm.papers import DTYPES, FORMAT, MADE_BY
+from lm.checks import COUNT, count_faults, kind_faults, refuse
+from lm.files import listed, read_jsonl, read_sealed, sync, write_json, write_sealed
+from lm.papers import DTYPES, FORMAT, HEADER, MADE_BY, read_meta
+
+PROGRESS = HEADER | {"rows": dict, "tokens": COUNT, "index_bytes": COUNT, "left_out": dict}
 
 
 def stored(folder: Path | str) -> tuple[dict | None, bool]:
-    """(meta, True) of a finished store, (header, False) of an unfinished one, (None, False) if there is none."""
+    """(meta, True) of a finished store, (progress, False) of an unfinished one, (None, False) if there is none."""
     folder = Path(folder)
     if (folder / "meta.json").exists():
         shutil.rmtree(folder / "partial", ignore_errors=True)  # killed just after the last file was moved out
-        return read_json(folder / "meta.json", MADE_BY), True
+        return read_meta(folder), True
     progress = folder / "partial" / "progress.json"
-    return (read_json(progress, MADE_BY)["header"], False) if progress.exists() else (None, False)
+    return (_read_progress(progress), False) if progress.exists() else (None, False)
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    """The header of a store and how far it is. Raises: ValueError if that is not what was written."""
+    state = read_sealed(path, MADE_BY, FORMAT)
+    refuse(kind_faults(path, state, PROGRESS), MADE_BY)
+    refuse([*count_faults(f"{path} rows", state["rows"]), *count_faults(f"{path} left_out", state["left_out"])], MADE_BY)
+    return state
 
 
 def differences(there: Any, asked: Any, name: str = "") -> list[str]:
@@ -46,7 +57,7 @@ def refuse_other(there: dict, asked: dict, folder: Path) -> None:
 
 def move_into_place(complete: Path, folder: Path) -> dict:
     """Move a store that is complete in or below `folder/partial` up to `folder`, meta.json last; return the meta."""
-    meta = read_json(complete / "meta.json", MADE_BY)
+    meta = read_meta(complete)
     for name in [*meta["files"], "meta.json"]:
         target = folder / name
         target.parent.mkdir(exist_ok=True)
@@ -89,14 +100,20 @@ class PaperWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another process is writing {self.folder}: wait for it, or stop it") from None
-        self._open({name: 0 for name in splits})
+        try:
+            self._open({name: 0 for name in splits})
+        except ValueError:
+            self._lock.close()
+            raise
 
     def _open(self, rows: dict[str, int]) -> None:
         """Take up the saved progress, or start; what was written after the last commit is cut off."""
         saved = self.partial / "progress.json"
-        new = {"header": self.header, "rows": rows, "tokens": 0, "index_bytes": 0, "left_out": {}}
-        state = read_json(saved, MADE_BY) if saved.exists() else new
-        refuse_other(state["header"], self.header, self.folder)
+        new = {**self.header, "rows": rows, "tokens": 0, "index_bytes": 0, "left_out": {}}
+        state = _read_progress(saved) if saved.exists() else new
+        refuse_other(state, self.header, self.folder)
+        if state["rows"].keys() != rows.keys():
+            refuse([f"{saved} has splits {', '.join(state['rows'])}, {', '.join(rows)} are needed"], MADE_BY)
         self.rows, self.num_tokens, self.left_out = state["rows"], state["tokens"], Counter(state["left_out"])
         self._tokens = self._index = None
         if (self.partial / "meta.json").exists():  # complete: killed while the files were moved into place
@@ -131,9 +148,9 @@ class PaperWriter:
         for file in (self._tokens, self._index):
             file.flush()
             os.fsync(file.fileno())
-        state = {"header": self.header, "rows": self.rows, "tokens": self.num_tokens}
+        state = {**self.header, "rows": self.rows, "tokens": self.num_tokens}
         state |= {"index_bytes": self._index.tell(), "left_out": self.left_out}
-        write_json(self.partial / "progress.json", state)
+        write_sealed(self.partial / "progress.json", state)
 
     def finish(self, tokenizer) -> dict:
         """Write splits, tokenizer and meta.json, move all into place, meta.json last, and return the meta.
@@ -172,7 +189,6 @@ class PaperWriter:
         for path in files:
             sync(path)
         counts = {name: {"papers": papers[name], "tokens": tokens[name]} for name in sorted(papers)}
-        sums = {str(p.relative_to(self.partial)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
         meta = {**self.header, "num_tokens": self.num_tokens, "num_papers": sum(papers.values()), "categories": counts}
-        meta |= {"left_out": dict(sorted(self.left_out.items())), "files": sums}
-        write_json(self.partial / "meta.json", meta)
+        meta |= {"left_out": dict(sorted(self.left_out.items())), "files": listed(self.partial, files)}
+        write_sealed(self.partial / "meta.json", meta)

@@ -7,28 +7,22 @@ tokenizer/     the tokenizer that made the ids
 meta.json      sizes, checksums, source, counts; put in place last, so a folder without it is unfinished
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lm.files import read_json, read_jsonl, sha256
+from lm.checks import COUNT, Kinds, count_faults, file_faults, kind_faults, list_faults, refuse
+from lm.files import read_json, read_jsonl, read_sealed
 
-FORMAT = "papers-1"
+FORMAT = "papers-2"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 MADE_BY = "fetch_arxiv.py"
-META_KEYS = (
-    "dtype",
-    "vocab_size",
-    "tokenizer",
-    "source",
-    "num_tokens",
-    "num_papers",
-    "categories",
-    "left_out",
-    "files",
-)
+HEADER: Kinds = {"dtype": str, "vocab_size": range(1, 2**32 + 1), "tokenizer": dict, "source": dict}
+META = HEADER | {"num_tokens": range(1, COUNT.stop), "num_papers": COUNT, "categories": dict, "left_out": dict, "files": dict}
+LISTS = ("tokens.bin", "index.jsonl", "splits.json")
 
 
 @dataclass(frozen=True)
@@ -47,14 +41,13 @@ class Papers:
 
 
 def read_papers(data_dir: Path | str, verify: bool = False) -> Papers:
-    """Open a finished store after checking sizes and structure, and with `verify` the SHA-256 of every file.
+    """Open a finished store after checking all of it, of tokens.bin only the size unless `verify` asks for its SHA-256 too.
 
     Raises: FileNotFoundError if it is missing or unfinished; ValueError naming the file and line that is wrong.
     """
     folder = Path(data_dir)
-    meta = read_json(folder / "meta.json", MADE_BY)
-    _check_meta(folder, meta)
-    check_files(folder, meta["files"], verify)
+    meta = read_meta(folder)
+    _refuse(*file_faults(folder, meta["files"], unread=() if verify else ("tokens.bin",)))
     rows = read_jsonl(folder / "index.jsonl", MADE_BY)
     _check_index(folder / "index.jsonl", rows, meta)
     index_of = {row["paper_id"]: i for i, row in enumerate(rows)}
@@ -73,75 +66,73 @@ def read_papers(data_dir: Path | str, verify: bool = False) -> Papers:
     )
 
 
-def _wrong(found: str) -> ValueError:
-    return ValueError(f"{found}: remove the folder and run {MADE_BY} again")
-
-
-def _check_meta(folder: Path, meta: Any) -> None:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says. Raises: FileNotFoundError if there is none; ValueError if it is none of this format, or changed."""
     path = folder / "meta.json"
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else meta
-        raise _wrong(f"{path} has format {found!r:.80}, {FORMAT!r} is needed")
-    if missing := [key for key in META_KEYS if key not in meta]:
-        raise _wrong(f"{path} lacks {', '.join(missing)}")
-    if meta["dtype"] not in DTYPES:
-        raise _wrong(f"{path} has dtype {meta['dtype']!r}, one of {', '.join(DTYPES)} is needed")
-    size, itemsize = meta["files"].get("tokens.bin", {}).get("size"), DTYPES[meta["dtype"]].itemsize
+    meta = read_sealed(path, MADE_BY, FORMAT)
+    _refuse(*kind_faults(path, meta, META))
+    faults = header_faults(path, meta) + kind_faults(f"{path} tokenizer", meta["tokenizer"], {"name": str})
+    faults += list_faults(path, meta["files"], LISTS) + count_faults(f"{path} left_out", meta["left_out"])
+    _refuse(*faults)
+    size, itemsize = meta["files"]["tokens.bin"]["size"], DTYPES[meta["dtype"]].itemsize
     if size != meta["num_tokens"] * itemsize:
-        raise _wrong(f"{path} gives tokens.bin {size} bytes, {meta['num_tokens']} tokens need {itemsize} each")
+        _refuse(f"{path} gives tokens.bin {size} bytes, {meta['num_tokens']} tokens need {itemsize} each")
+    return meta
 
 
-def check_files(folder: Path, files: dict[str, dict], verify: bool) -> None:
-    """Raises: ValueError naming every file whose size, or with `verify` whose SHA-256, is not as `files` says."""
-    faults = []
-    for name, expected in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["size"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            faults.append(f"{path} {found}, {expected['size']} bytes are needed")
-        elif verify and (found := sha256(path)) != expected["sha256"]:
-            faults.append(f"{path} has SHA-256 {found}, {expected['sha256']} is needed")
-    if faults:
-        raise _wrong("; ".join(faults))
+def header_faults(path: Path, header: dict[str, Any]) -> list[str]:
+    """A line for each value of a header, whose kinds are right, that cannot be."""
+    if header["dtype"] not in DTYPES:
+        return [f"{path} has dtype {header['dtype']!r:.80}, one of {', '.join(DTYPES)} is needed"]
+    faults = kind_faults(f"{path} tokenizer", header["tokenizer"], {"fingerprint": str})
+    if header["vocab_size"] > (most := np.iinfo(DTYPES[header["dtype"]]).max + 1):
+        faults.append(f"{path} has vocab_size {header['vocab_size']}, {header['dtype']} holds {most} ids")
+    return faults
+
+
+def _refuse(*faults: str) -> None:
+    refuse(faults, MADE_BY)
 
 
 def _check_index(path: Path, rows: list[dict], meta: dict) -> None:
-    """Every paper follows the one before it without a gap, and together they are all of tokens.bin."""
+    """Every paper follows the one before it without a gap, and together they are what meta.json counts, all of tokens.bin."""
     kinds = {"paper_id": str, "category": str, "offset": int, "length": int}
-    end, seen = 0, set()
+    end, seen, papers, tokens = 0, set(), Counter(), Counter()
     for number, row in enumerate(rows, 1):
         here = f"{path} line {number}"
-        for key, kind in kinds.items():
-            if type(row.get(key)) is not kind:  # bool is no int here
-                raise _wrong(f"{here} has {key} {row.get(key)!r:.80}, {kind.__name__} is needed")
+        if [type(row.get(key)) for key in kinds] != list(kinds.values()):
+            _refuse(*kind_faults(here, row, kinds))
         if row["offset"] != end:
-            raise _wrong(f"{here} has offset {row['offset']}, {end} is needed, where the paper before it ends")
+            _refuse(f"{here} has offset {row['offset']}, {end} is needed, where the paper before it ends")
         if row["length"] < 1:
-            raise _wrong(f"{here} has length {row['length']}, at least 1 is needed")
+            _refuse(f"{here} has length {row['length']}, at least 1 is needed")
         if row["paper_id"] in seen:
-            raise _wrong(f"{here} has paper_id {row['paper_id']!r} again, each is needed once")
+            _refuse(f"{here} has paper_id {row['paper_id']!r} again, each is needed once")
         seen.add(row["paper_id"])
+        papers[row["category"]] += 1
+        tokens[row["category"]] += row["length"]
         end += row["length"]
         if end > meta["num_tokens"]:
-            raise _wrong(f"{here} ends at token {end}, tokens.bin has {meta['num_tokens']}")
+            _refuse(f"{here} ends at token {end}, tokens.bin has {meta['num_tokens']}")
     if end != meta["num_tokens"] or len(rows) != meta["num_papers"]:
         found, needed = f"{len(rows)} papers of {end} tokens", f"{meta['num_papers']} of {meta['num_tokens']}"
-        raise _wrong(f"{path} lists {found}, {needed} are needed")
+        _refuse(f"{path} lists {found}, {needed} are needed")
+    if (found := {name: {"papers": papers[name], "tokens": tokens[name]} for name in papers}) != meta["categories"]:
+        _refuse(f"{path} has categories {found!r:.200}, {meta['categories']!r:.200} are needed")
 
 
 def _read_splits(path: Path, index_of: dict[str, int]) -> dict[str, np.ndarray]:
     splits = read_json(path, MADE_BY)
     if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
-        raise _wrong(f"{path} is not an object of lists of paper ids")
+        _refuse(f"{path} is not an object of lists of paper ids")
     split_of: dict[str, str] = {}
     for split, ids in splits.items():
         for paper_id in ids:
-            if paper_id not in index_of:
-                raise _wrong(f"{path} lists {paper_id!r} under {split}, which index.jsonl does not have")
+            if not isinstance(paper_id, str) or paper_id not in index_of:
+                _refuse(f"{path} lists {paper_id!r:.80} under {split:.80}, which index.jsonl does not have")
             if paper_id in split_of:
-                raise _wrong(f"{path} lists {paper_id!r} under {split_of[paper_id]} and under {split}, once is needed")
+                _refuse(f"{path} lists {paper_id!r} under {split_of[paper_id]} and under {split}, once is needed")
             split_of[paper_id] = split
     if unlisted := index_of.keys() - split_of.keys():
-        raise _wrong(f"{path} lists {len(split_of)} papers, {min(unlisted)!r} of index.jsonl is not among them")
+        _refuse(f"{path} lists {len(split_of)} papers, {min(unlisted)!r} of index.jsonl is not among them")
     return {split: np.array([index_of[paper_id] for paper_id in ids], np.int64) for split, ids in splits.items()}

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from lm.checks import refuse
 from lm.corpus import HUB
 from lm.documents import EMPTY, Document, Piece, Reading, documents, where
-from lm.files import locked, read_json, whole_file, write_json
+from lm.files import locked, read_sealed, whole_file, write_sealed
+from lm.shards import MADE_BY, entry_faults
 from lm.sources import disk_full
 from lm.text_encoder import TextEncoder
 
@@ -26,7 +28,6 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**20  # encoded at once: whichever is
 COMPARED_FIRST, COMPARED_EVERY = 4, 500  # documents of a piece that both encoders encode
 PLACES = 5  # of left out documents that a shard remembers
 ATTEMPTS = 5  # at a piece that lies on the hub
-MADE_BY = "build_pretrain.py"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class PiecePacker:
         while not last:
             with whole_file(folder / f"{shard:04d}.bin") as partial, open(partial, "wb") as file:
                 entry, batch = self._write_shard(piece, file, record, batch, batches)
-            write_json(folder / f"{shard:04d}.json", entry)
+            write_sealed(folder / f"{shard:04d}.json", {"shard": entry})
             shard, record, last = shard + 1, entry["records"][1], entry["last"]
 
     def _write_shard(
@@ -153,7 +154,11 @@ class PiecePacker:
 def finished(folder: Path, shard: int) -> dict[str, Any] | None:
     """What is known of a shard of a piece, if it is whole."""
     path = folder / f"{shard:04d}.json"
-    return read_json(path, MADE_BY) if path.exists() else None
+    if not path.exists():
+        return None
+    entry = read_sealed(path, MADE_BY).get("shard")
+    refuse(entry_faults(str(path), entry), MADE_BY)
+    return entry
 
 
 def _batches(found: Iterator[Document], most: int) -> Iterator[list[Document]]:

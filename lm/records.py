@@ -45,9 +45,14 @@ def records(file: str, start: int, stop: int | None, text_column: str, text_unit
             elif kind == "parquet" or not number or content.strip():  # blank lines are between documents
                 yield Record(file, number, content)
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # the disk's or the network's: damaged bytes are a plain OSError of pyarrow's
+        if not is_damage(error):
+            raise
         yield Record(file, number + 1, None, f"damaged ({error})")
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether bytes are wrong, not the disk or the network: that is Arrow's own error, or a plain OSError of its."""
+    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
 
 
 def place(record: Record, start: int) -> str:

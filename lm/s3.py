@@ -4,15 +4,15 @@ boto3 finds credentials, region and endpoint as always (`AWS_ACCESS_KEY_ID`, `AW
 object carries its file's SHA-256 in its metadata; meta.json goes up last and comes down last.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
-from lm.files import sha256, whole_file
+from lm.checks import kind_faults, list_faults
+from lm.files import parse_json, sha256, unseal, whole_file
 
 ATTEMPTS = 5  # of each request, with exponential back-off between them
 LAST = "meta.json"
@@ -55,17 +55,16 @@ class S3Folder:
 
         Raises: S3Error if it is missing, as in an upload that did not end, or damaged.
         """
-        where = f"{self.url}/{LAST}"
+        where, remedy = f"{self.url}/{LAST}", "upload the folder again"
         with self._clear(where):
             response = self.client.get_object(Bucket=self.bucket, Key=self._key(LAST))
             body = response["Body"].read()
         try:
-            meta = json.loads(body)
-            sizes = {name: (entry["size"], entry["sha256"]) for name, entry in meta["files"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise S3Error(f"{where} is damaged ({error!r:.100}): upload the folder again") from None
-        if outside := [name for name in sizes if name.startswith("/") or ".." in PurePosixPath(name).parts]:
-            raise S3Error(f"{where} names files outside its folder ({', '.join(outside)}): do not use this bucket")
+            meta = unseal(parse_json(body, where, remedy), where, remedy)
+        except ValueError as error:
+            raise S3Error(str(error)) from None
+        if faults := kind_faults(where, meta, {"files": dict}) or list_faults(where, meta["files"]):
+            raise S3Error("; ".join(f"{fault}: {remedy}" for fault in faults))
         return meta
 
     def download(self, folder: Path | str) -> list[str]:

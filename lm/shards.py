@@ -7,12 +7,13 @@ shard_00000.bin ...   flat little-endian uint16 (uint32 for a vocabulary above 6
 held_out.bin          the same, documents that are in no shard
 tokenizer/            the tokenizer that made the ids
 progress.json         the shards so far, while build_pretrain.py goes on; a trainer may begin
-meta.json             all of them, once it has finished
+meta.json             all of them, once it has finished; both also have size and SHA-256 of the tokenizer's files
 """
 
 import bisect
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,13 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from lm.files import read_json, sha256
+from lm.checks import COUNT, Kinds, count_faults, file_faults, kind_faults, list_faults, refuse, size_fault
+from lm.files import read_sealed, sha256
+from lm.papers import DTYPES, header_faults
 
-FORMAT = "shards-1"
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+FORMAT = "shards-2"
 MADE_BY = "build_pretrain.py"
-HEADER = {"seq_len": int, "dtype": str, "vocab_size": int, "eos_token_id": int, "tokenizer": dict, "source": dict}
-SHARD = {"file": str, "tokens": int, "documents": int, "sha256": str}
+HEADER: Kinds = {"seq_len": range(1, 2**31), "dtype": str, "vocab_size": range(1, 2**32 + 1), "eos_token_id": range(2**32)}
+HEADER |= {"tokenizer": dict, "source": dict}
+COUNTS = ("tokens", "documents", "compared", "differing")
+ENTRY: Kinds = dict.fromkeys(COUNTS, COUNT) | {"sha256": str, "records": list, "last": bool, "encoder": str}
+ENTRY |= {"left_out": dict, "left_out_at": list}  # what is known of a shard
+STATE: Kinds = {"header": dict, "shards": list, "held_out": dict, "files": dict, "next": dict}
+NEXT: Kinds = {"piece": COUNT, "shard": COUNT, "record": COUNT}
 
 
 class Pack:
@@ -54,6 +61,7 @@ class Pack:
         self._open: dict[str, np.ndarray] = {}
         self.shards: list[dict[str, Any]] = []
         _check_sizes(self.folder, [self.held_out], self.dtype)
+        refuse(file_faults(self.folder, state["files"]), MADE_BY)
         self.take(state["shards"], self.finished)
 
     @property
@@ -94,6 +102,8 @@ class Pack:
         """All blocks of held-out text, (number, seq_len + 1)."""
         tokens = self._tokens(self.held_out)
         number = max(len(tokens) - 1, 0) // self.seq_len
+        if not number:
+            return np.empty((0, self.seq_len + 1), self.dtype)
         starts = np.arange(number)[:, None] * self.seq_len
         return tokens[starts + np.arange(self.seq_len + 1)]
 
@@ -126,23 +136,20 @@ class Pack:
         if name not in self._open:
             path = self.folder / name
             if (found := sha256(path)) != entry["sha256"]:
-                raise _wrong(f"{path} has changed: its SHA-256 is {found}, {entry['sha256']} was written")
-            self._open[name] = np.memmap(path, self.dtype, mode="r").view(np.ndarray) if entry["tokens"] else np.empty(0)
+                refuse([f"{path} has changed: its SHA-256 is {found}, {entry['sha256']:.80} was written"], MADE_BY)
+            is_empty = not entry["tokens"]  # no file of no bytes can be mapped
+            self._open[name] = np.empty(0, self.dtype) if is_empty else np.memmap(path, self.dtype, mode="r").view(np.ndarray)
         return self._open[name]
-
-
-def _wrong(found: str) -> ValueError:
-    return ValueError(f"{found}: remove the folder and run {MADE_BY} again")
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], bool] | None:
     """What meta.json says and True, else what progress.json says and False, else None."""
     for name, finished in (("meta.json", True), ("progress.json", False), ("meta.json", True)):  # it may finish as we look
         try:
-            state = read_json(folder / name, MADE_BY)
+            state = read_sealed(folder / name, MADE_BY, FORMAT)
         except FileNotFoundError:
             continue
-        _check_state(folder / name, state)
+        _check_state(folder / name, state, finished)
         return state, finished
     return None
 
@@ -156,37 +163,63 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], bool]:
     return found
 
 
-def _check_state(path: Path, state: Any) -> None:
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else state
-        raise _wrong(f"{path} has format {found!r:.80}, {FORMAT!r} is needed")
-    for key, kind in {"header": dict, "shards": list, "held_out": dict}.items():
-        _check_kinds(path, state, {key: kind})
-    _check_kinds(f"{path} header", state["header"], HEADER)
-    if state["header"]["dtype"] not in DTYPES or state["header"]["seq_len"] < 1:
-        raise _wrong(f"{path} has dtype {state['header']['dtype']!r:.80} and seq_len {state['header']['seq_len']}")
-    for number, shard in enumerate([*state["shards"], state["held_out"]]):
-        if not isinstance(shard, dict):
-            raise _wrong(f"{path} shard {number} is {shard!r:.80}, an object is needed")
-        _check_kinds(f"{path} shard {number}", shard, SHARD)
-        name = f"shard_{number:05d}.bin" if number < len(state["shards"]) else "held_out.bin"
-        if shard["file"] != name or shard["tokens"] < 0:
-            raise _wrong(f"{path} shard {number} is {shard['file']!r:.80} of {shard['tokens']} tokens, {name} is needed")
-    if "target_blocks" not in state or not isinstance(state["target_blocks"], int | None):
-        raise _wrong(f"{path} has target_blocks {state.get('target_blocks')!r:.80}, an integer or null is needed")
+def totals(state: dict[str, Any]) -> dict[str, Any]:
+    """What meta.json says of all shards together."""
+    shards, seq_len, left_out = state["shards"], state["header"]["seq_len"], Counter()
+    for shard in shards:
+        left_out.update(shard["left_out"])
+    sums = {f"num_{key}": sum(shard[key] for shard in shards) for key in COUNTS}
+    tokens, num_blocks = sums["num_tokens"], max(sums["num_tokens"] - 1, 0) // seq_len
+    rest = tokens - 1 - num_blocks * seq_len if num_blocks else tokens
+    return sums | {"num_blocks": num_blocks, "left_out": dict(sorted(left_out.items())), "tokens_after_the_last_block": rest}
 
 
-def _check_kinds(where: object, found: dict, kinds: dict[str, type]) -> None:
-    for key, kind in kinds.items():
-        if type(found.get(key)) is not kind:  # bool is no int here
-            raise _wrong(f"{where} has {key} {found.get(key)!r:.80}, {kind.__name__} is needed")
+def _check_state(path: Path, state: dict[str, Any], finished: bool) -> None:
+    """Raises: ValueError naming what in the file cannot be, or does not agree with the rest of it."""
+    refuse(kind_faults(path, state, STATE), MADE_BY)
+    header, shards, held_out = state["header"], state["shards"], state["held_out"]
+    refuse(kind_faults(f"{path} header", header, HEADER), MADE_BY)
+    faults = header_faults(path, header) + kind_faults(f"{path} next", state["next"], NEXT)
+    if header["eos_token_id"] >= header["vocab_size"]:
+        faults.append(f"{path} has eos_token_id {header['eos_token_id']}, below vocab_size {header['vocab_size']} is needed")
+    if state.get("target_blocks", 0) is not None:
+        faults += kind_faults(path, state, {"target_blocks": range(1, COUNT.stop)})
+    faults += list_faults(path, state["files"], ["tokenizer/tokenizer.json"])
+    for number, shard in enumerate(shards):
+        here = f"{path} shard {number}"
+        faults += entry_faults(here, shard) or _place_faults(here, shard, f"shard_{number:05d}.bin", {"piece": COUNT})
+    here = f"{path} held_out"
+    faults += entry_faults(here, held_out) or _place_faults(here, held_out, "held_out.bin", {"first_record": COUNT})
+    refuse(faults, MADE_BY)
+    if finished:
+        all_of_it = totals(state)
+        if differ := [key for key in all_of_it if key not in state or state[key] != all_of_it[key]]:
+            found = {key: state.get(key) for key in differ}
+            refuse([f"{path} has {found!r:.200}, { ({key: all_of_it[key] for key in differ})!r:.200} are needed"], MADE_BY)
+
+
+def entry_faults(where: str, entry: Any) -> list[str]:
+    """A line for each thing in what is known of a shard that cannot be."""
+    if faults := kind_faults(where, entry, ENTRY):
+        return faults
+    faults = count_faults(f"{where} left_out", entry["left_out"])
+    if [type(record) for record in entry["records"]] != [int, int] or not 0 <= entry["records"][0] <= entry["records"][
+        1
+    ] < COUNT.stop:
+        faults.append(f"{where} has records {entry['records']!r:.80}, the first and the one after the last are needed")
+    if not all(isinstance(place, str) for place in entry["left_out_at"]):
+        faults.append(f"{where} has left_out_at {entry['left_out_at']!r:.80}, strings are needed")
+    if entry["documents"] > entry["tokens"]:
+        faults.append(f"{where} has {entry['documents']} documents in {entry['tokens']} tokens, each has one at least")
+    return faults
+
+
+def _place_faults(where: str, entry: dict[str, Any], name: str, kinds: Kinds) -> list[str]:
+    faults = kind_faults(where, entry, kinds)
+    return faults if entry.get("file") == name else [*faults, f"{where} is {entry.get('file')!r:.80}, {name} is needed"]
 
 
 def _check_sizes(folder: Path, shards: list[dict[str, Any]], dtype: np.dtype) -> None:
     """Every file has as many bytes as its tokens need."""
-    for shard in shards:
-        path, needed = folder / shard["file"], shard["tokens"] * dtype.itemsize
-        size = path.stat().st_size if path.is_file() else None
-        if size != needed:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise _wrong(f"{path} {found}, {needed} are needed for {shard['tokens']} tokens")
+    found = (size_fault(folder, shard["file"], shard["tokens"] * dtype.itemsize) for shard in shards)
+    refuse(filter(None, found), MADE_BY)

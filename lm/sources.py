@@ -50,7 +50,7 @@ def jsonl_rows(paths: list[Path]) -> Iterator[dict]:
     for path, number, line in lines(paths):
         try:
             row = json.loads(line.decode(errors="surrogateescape"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON ({error}): mend or remove the line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is {row!r:.80}, an object is needed: write one object in each line")

@@ -8,21 +8,22 @@ No prompt stands in two of the sets, or twice in one.
 
 import importlib.util
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.files import read_json, read_jsonl, sha256
+from lm.checks import COUNT, FILE, file_faults, kind_faults, list_faults, refuse
+from lm.files import read_jsonl, read_sealed, sha256
 from lm.graph_search import Task
 from lm.graph_text import fingerprint, prompt_digest
 
-FORMAT = "splits-1"
+FORMAT = "splits-2"
 MADE_BY = "build_data_splits.py"
 SETS = ("eval", "test", "mixin")  # a prompt that two could hold is the earlier one's
 BUILT_IN = "built-in"  # the name of our own generator
 ROW = {"input_text": str, "output_texts": list, "alpha": float, "stage": int, "seed": int}
-FILE = {"count": int, "size": int, "sha256": str}
+META = {"max_input_size": range(2**20), "max_lookahead": range(2**20), "generator": dict, "files": dict}
+META |= {"reachable_lookahead": int, "mean_prompt_chars": float}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Splits:
 
     def rows(self, name: str) -> list[dict]:
         """The rows of "eval", "test" or "mixin", in the order of the file; read anew, for mixin.jsonl is large."""
-        return _read_rows(self.folder, name, self.meta)
+        return read_rows(self.folder, name, self.meta)
 
 
 def splits_folder(scratch_dir: Path | str, task: Task, seed: int, generator: str | None = None) -> Path:
@@ -58,30 +59,21 @@ def identify(generator: str | None) -> dict[str, str | None]:
     return {"name": generator, "fingerprint": sha256(source.origin) if known else None}
 
 
-def read_meta(folder: Path) -> dict:
-    """What meta.json says. Raises: FileNotFoundError if there is none; ValueError if it is none of this format."""
-    meta = read_json(folder / "meta.json", MADE_BY)
-    _check_meta(folder / "meta.json", meta)
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says. Raises: FileNotFoundError if there is none; ValueError if it is none of this format, or changed."""
+    path = folder / "meta.json"
+    meta = read_sealed(path, MADE_BY, FORMAT)
+    refuse(kind_faults(path, meta, META), MADE_BY)
+    faults = kind_faults(f"{path} generator", meta["generator"], {"name": str})
+    faults += list_faults(path, meta["files"], [f"{name}.jsonl" for name in SETS], FILE | {"count": COUNT})
+    faults += [f"{path}: {fault}" for fault in Task(meta["max_input_size"], meta["max_lookahead"]).faults()]
+    refuse(faults, MADE_BY)
     return meta
 
 
 def check_files(folder: Path, files: dict[str, dict]) -> None:
     """Raises: ValueError naming every file whose size, or if all sizes are right whose SHA-256, is not as `files` says."""
-    faults = []
-    for name, expected in files.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != expected["size"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            faults.append(f"{folder / name} {found}, {expected['size']} bytes are needed")
-    if not faults:
-        found = {name: sha256(folder / name) for name in files}
-        faults = [
-            f"{folder / name} has SHA-256 {found[name]}, {files[name]['sha256']} is needed"
-            for name in files
-            if found[name] != files[name]["sha256"]
-        ]
-    if faults:
-        raise _wrong(faults)
+    refuse(file_faults(folder, files), MADE_BY)
 
 
 def read_splits(
@@ -119,38 +111,10 @@ def open_splits(folder: Path | str) -> Splits:
     folder = Path(folder)
     meta = read_meta(folder)
     check_files(folder, meta["files"])
-    digests = {name: [prompt_digest(row["input_text"]) for row in _read_rows(folder, name, meta)] for name in SETS}
-    if faults := _repeats(digests):
-        raise _wrong(f"{folder}: {fault}" for fault in faults)
+    digests = {name: [prompt_digest(row["input_text"]) for row in read_rows(folder, name, meta)] for name in SETS}
+    refuse((f"{folder}: {fault}" for fault in _repeats(digests)), MADE_BY)
     reserved = frozenset(itertools.chain.from_iterable(digests.values()))
     return Splits(folder, meta, Task(meta["max_input_size"], meta["max_lookahead"]), reserved)
-
-
-def _wrong(faults: Iterable[str]) -> ValueError:
-    return ValueError("\n".join(f"{fault}: remove the folder and run {MADE_BY} again" for fault in faults))
-
-
-def _check_meta(path: Path, meta: Any) -> None:
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else meta
-        raise _wrong([f"{path} has format {found!r:.80}, {FORMAT!r} is needed"])
-    kinds = {"max_input_size": int, "max_lookahead": int, "generator": dict, "files": dict}
-    faults = _kind_faults(path, meta, kinds)
-    if not faults:
-        faults += _kind_faults(f"{path} generator", meta["generator"], {"name": str})
-        for name in SETS:
-            file = meta["files"].get(f"{name}.jsonl")
-            faults += _kind_faults(f"{path} {name}.jsonl", file if isinstance(file, dict) else {}, FILE)
-    if faults:
-        raise _wrong(faults)
-
-
-def _kind_faults(where: object, found: dict, kinds: dict[str, type]) -> list[str]:
-    return [
-        f"{where} has {key} {found.get(key)!r:.80}, {kind.__name__} is needed"
-        for key, kind in kinds.items()
-        if type(found.get(key)) is not kind  # bool is no int here
-    ]
 
 
 def _generator_faults(folder: Path, there: dict, now: dict) -> list[str]:
@@ -164,17 +128,18 @@ def _generator_faults(folder: Path, there: dict, now: dict) -> list[str]:
     return []
 
 
-def _read_rows(folder: Path, name: str, meta: dict) -> list[dict]:
+def read_rows(folder: Path, name: str, meta: dict[str, Any]) -> list[dict]:
     """Raises: ValueError naming file and line of a row that lacks something, or the file if it has not as many as it should."""
     path, count = folder / f"{name}.jsonl", meta["files"][f"{name}.jsonl"]["count"]
     rows = read_jsonl(path, MADE_BY)
     for line, row in enumerate(rows, 1):
         if [type(row.get(key)) for key in ROW] != list(ROW.values()):
-            raise _wrong(_kind_faults(f"{path} line {line}", row, ROW))
+            refuse(kind_faults(f"{path} line {line}", row, ROW), MADE_BY)
         if not row["output_texts"] or not all(isinstance(text, str) for text in row["output_texts"]):
-            raise _wrong([f"{path} line {line} has output_texts {row['output_texts']!r:.80}, one string or more are needed"])
+            fault = f"{path} line {line} has output_texts {row['output_texts']!r:.80}, one string or more are needed"
+            refuse([fault], MADE_BY)
     if len(rows) != count:
-        raise _wrong([f"{path} has {len(rows)} rows, {count} are needed"])
+        refuse([f"{path} has {len(rows)} rows, {count} are needed"], MADE_BY)
     return rows
 
 

@@ -12,6 +12,7 @@ import build_data_splits
 import pptrain
 from lm.args import parse
 from lm.checkpoint import Checkpoints
+from lm.files import write_sealed
 
 TOY = "toy_generator:ToyGenerator"
 STAGES = 6
@@ -64,9 +65,9 @@ def write_split(folder: Path, rows: list[dict], split: str = "test") -> Path:
         (folder / f"{name}.jsonl").write_text(text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         files[f"{name}.jsonl"] = {"count": len(content), "size": len(text.encode()), "sha256": digest}
-    meta = {"format": "splits-1", "max_input_size": 36, "max_lookahead": STAGES}
-    meta |= {"generator": {"name": "built-in"}, "files": files}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    meta = {"format": "splits-2", "max_input_size": 36, "max_lookahead": STAGES}
+    meta |= {"generator": {"name": "built-in"}, "files": files, "reachable_lookahead": 4, "mean_prompt_chars": 1.0}
+    write_sealed(folder / "meta.json", meta)
     return folder
 
 

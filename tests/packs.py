@@ -1,6 +1,5 @@
 """Packs of real sentences, as build_pretrain.py leaves them or while it goes on, and runs of pretrain.py on them."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -11,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 import pretrain
 from lm.args import parse
-from lm.files import sha256, write_json
+from lm.files import listed, read_sealed, sha256, write_sealed
+from lm.packer import new_state
+from lm.shards import totals
 from lm.tokenizer import encode_documents, fingerprint, token_dtype
 
 SEQ_LEN = 192  # more than any example of the smallest graphs has
@@ -36,21 +37,23 @@ def write_pack(folder: Path, tokenizer: PreTrainedTokenizerFast, shards: int = 5
     whole = {"seq_len": SEQ_LEN, "dtype": token_dtype(len(tokenizer)), "vocab_size": len(tokenizer)}
     whole |= {"eos_token_id": tokenizer.eos_token_id, "source": {"documents": "the Python language reference"}}
     whole |= {"tokenizer": {"fingerprint": fingerprint(tokenizer)}} | header
-    state = {"format": "shards-1", "header": whole, "shards": entries, "target_blocks": None}
-    state["held_out"] = _write(folder, "held_out.bin", tokenizer, texts[:1])
-    write_json(folder / "meta.json", state)
+    held_out = _write(folder, "held_out.bin", tokenizer, texts[:1]) | {"first_record": 0}
+    state = new_state(whole, held_out, listed(folder, (folder / "tokenizer").iterdir()), {}) | {"shards": entries}
+    write_sealed(folder / "meta.json", state | totals(state))
     return folder
 
 
 def _write(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict:
     tokens = stream(tokenizer, texts)
     tokens.tofile(folder / name)
-    return {"file": name, "tokens": len(tokens), "documents": len(texts), "sha256": sha256(folder / name)}
+    counts = {"tokens": len(tokens), "documents": len(texts), "compared": 0, "differing": 0}
+    rest = {"records": [0, len(texts)], "last": True, "encoder": "tests", "left_out": {}, "left_out_at": [], "piece": 0}
+    return counts | rest | {"file": name, "sha256": sha256(folder / name)}
 
 
 def publish(whole: Path, folder: Path, shards: int, finished: bool = False, target_blocks: int | None = None) -> None:
     """Make `folder` what the finished pack `whole` was when it had this many shards; later calls with more let it grow."""
-    state = json.loads((whole / "meta.json").read_text())
+    state = read_sealed(whole / "meta.json", "")
     for entry in state["shards"][shards:]:
         (folder / entry["file"]).unlink(missing_ok=True)
     names = [entry["file"] for entry in [*state["shards"][:shards], state["held_out"]]]
@@ -60,9 +63,10 @@ def publish(whole: Path, folder: Path, shards: int, finished: bool = False, targ
         if not (folder / name).exists():
             (folder / name).write_bytes((whole / name).read_bytes())
     state |= {"shards": state["shards"][:shards], "target_blocks": target_blocks}
-    write_json(folder / "progress.json", state)
+    state |= totals(state)
+    write_sealed(folder / "progress.json", state)
     if finished:
-        write_json(folder / "meta.json", state)
+        write_sealed(folder / "meta.json", state)
         (folder / "progress.json").unlink()
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import build_data_splits
 from build_data_splits import CHUNK, Args, main, make_chunks, with_progress
-from lm.files import locked, read_json, read_jsonl, sha256
+from lm.files import locked, read_json, read_jsonl, read_sealed, sha256
 from lm.graph_text import fingerprint, parse_prompt
 from lm.splits import SETS, read_splits, splits_folder
 from synthetic import SyntheticExamples
@@ -154,12 +154,12 @@ def test_rows_are_examples_of_the_last_stage_and_meta_json_describes_them(tmp_pa
     folder = folder_of(args)
     assert folder == tmp_path / "data/nl_splits/mis24_look4_seed5"
     prompts = [row["input_text"] for found in rows.values() for row in found]
-    meta = read_json(folder / "meta.json", "")
+    meta = read_sealed(folder / "meta.json", "")
     lookaheads = meta.pop("lookaheads")
     assert {name: sum(counts.values()) for name, counts in lookaheads.items()} == args.sizes
     assert {tuple(counts) for counts in lookaheads.values()} == {("0", "1", "2")}
     assert meta == {
-        "format": "splits-1",
+        "format": "splits-2",
         "max_input_size": 24,
         "max_lookahead": 4,
         "reachable_lookahead": 2,
@@ -406,7 +406,8 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
     monkeypatch.setattr(build_data_splits, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     sizes = [200, 100, 100, 110]
     assert [len(chunk) for chunk in with_progress((["row"] * size for size in sizes), 1_400)] == sizes
-    assert said(capsys) == ["300/1,400 examples, 50 per second, 22 s left", "510/1,400 examples, 44 per second, 20 s left"]
+    lines = ["300/1,400 examples, 50 per second, 22 s left", "510/1,400 examples, 44 per second, 20 s left"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_the_bytes_of_a_seed_are_known(tmp_path):

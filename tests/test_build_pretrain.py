@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damage import change_meta, flip
 from hub import hub
 from test_documents import compress, jsonl
 from text import byte_level_bpe, documents
@@ -28,8 +30,8 @@ from build_pretrain import Args, main
 from lm.corpus import find_files
 from lm.documents import cut
 from lm.documents import documents as read
-from lm.files import read_json, sha256
-from lm.shards import Pack
+from lm.files import read_json, read_sealed, sha256
+from lm.shards import Pack, totals
 from lm.tokenizer import encode_documents
 from lm.workers import CONTEXT
 
@@ -298,7 +300,7 @@ def test_killed_between_any_two_files_it_continues(args, small_pieces, tmp_path,
 
     whole = replace(args, output_dir=str(tmp_path / "whole"))
     main(whole)
-    places = [(build_pretrain, "write_held_out"), (lm.packer, "write_json")]
+    places = [(build_pretrain, "write_held_out"), (lm.packer, "write_sealed")]
     places += [(lm.packer.os, "replace"), (lm.packer.Packer, "_tidy")]
     for module, name in places:
         for count in (1, 2, 9):
@@ -327,7 +329,7 @@ def packed_shards(folder: Path) -> int:
     published = read_json(folder / "progress.json", "")["shards"] if (folder / "progress.json").exists() else []
     known = {(shard["piece"], shard["records"][0]) for shard in published}
     for path in (folder / "partial").glob("*/*.json"):
-        known.add((int(path.parent.name), read_json(path, "")["records"][0]))
+        known.add((int(path.parent.name), read_json(path, "")["shard"]["records"][0]))
     return len(known)
 
 
@@ -545,32 +547,93 @@ def test_c4_is_streamed_from_the_hub_and_no_more_of_it_than_is_needed(tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda meta: meta.update(format="shards-0"), "meta.json has format 'shards-0', 'shards-1' is needed"),
+        (lambda meta: meta.update(format="shards-1"), "meta.json has format 'shards-1', 'shards-2' is needed"),
         (lambda meta: meta["header"].pop("seq_len"), "meta.json header has seq_len None, int is needed"),
-        (lambda meta: meta["header"].update(dtype="int8"), "meta.json has dtype 'int8'"),
+        (lambda meta: meta["header"].update(dtype="int8"), "meta.json has dtype 'int8', one of uint16, uint32 is needed"),
+        (lambda meta: meta["header"].update(vocab_size=65537), "meta.json has vocab_size 65537, uint16 holds 65536 ids"),
+        (lambda meta: meta["header"].update(eos_token_id=512), "has eos_token_id 512, below vocab_size 512 is needed"),
+        (lambda meta: meta["header"].update(tokenizer={}), "meta.json tokenizer has fingerprint None, str is needed"),
         (lambda meta: meta["shards"][1].update(tokens="7"), "meta.json shard 1 has tokens '7', int is needed"),
         (lambda meta: meta.update(shards=[3]), "meta.json shard 0 is 3, an object is needed"),
-        (lambda meta: meta["shards"][1].update(tokens=3), r"shard_00001.bin has \d+ bytes, 6 are needed for 3 tokens"),
-        (
-            lambda meta: meta["shards"][1].update(file="../x.bin"),
-            "shard 1 is '../x.bin' of .* tokens, shard_00001.bin is needed",
-        ),
-        (lambda meta: meta["shards"].insert(1, meta["shards"][0]), "shard 1 is 'shard_00000.bin' of"),
-        (lambda meta: meta.pop("target_blocks"), "target_blocks None"),
+        (lambda meta: meta["shards"][1].update(tokens=9, documents=10), "shard 1 has 10 documents in 9 tokens"),
+        (lambda meta: meta["shards"][1].update(file="../x.bin"), "shard 1 is '../x.bin', shard_00001.bin is needed"),
+        (lambda meta: meta["shards"].insert(1, meta["shards"][0]), "shard 1 is 'shard_00000.bin', shard_00001.bin"),
+        (lambda meta: meta["shards"][0].update(records=[5, 4]), r"shard 0 has records \[5, 4\], the first and"),
+        (lambda meta: meta["shards"][0].update(left_out_at=[3]), r"shard 0 has left_out_at \[3\], strings are needed"),
+        (lambda meta: meta.pop("target_blocks"), "target_blocks None, int is needed"),
+        (lambda meta: meta.update(target_blocks=True), "target_blocks True, int is needed"),
+        (lambda meta: meta.update(target_blocks=-5), "target_blocks -5, 1 to "),
+        (lambda meta: meta["next"].pop("piece"), "meta.json next has piece None, int is needed"),
         (lambda meta: meta["header"].update(seq_len=True), "meta.json header has seq_len True, int is needed"),
-        (lambda meta: meta["held_out"].update(tokens=False), r"meta.json shard \d+ has tokens False, int is needed"),
-        (lambda meta: meta["header"].update(seq_len=0), "meta.json has dtype 'uint16' and seq_len 0"),
-        (lambda meta: meta["header"].update(seq_len=-64), "meta.json has dtype 'uint16' and seq_len -64"),
-        (lambda meta: meta["held_out"].update(tokens=1), r"held_out.bin has \d+ bytes, 2 are needed"),
+        (lambda meta: meta["header"].update(seq_len=10**30), "meta.json header has seq_len 10+, 1 to 2147483647 is needed"),
+        (lambda meta: meta["header"].update(seq_len=0), "meta.json header has seq_len 0, 1 to"),
+        (lambda meta: meta["held_out"].update(tokens=False), r"meta.json held_out has tokens False, int is needed"),
+        (lambda meta: meta["held_out"].update(tokens=1, documents=1), r"held_out.bin has \d+ bytes, 2 bytes are needed"),
+        (lambda meta: meta["files"].clear(), "meta.json does not list tokenizer/tokenizer.json"),
+        (lambda meta: meta.update(num_blocks=7), r"meta.json has \{'num_blocks': 7\}, \{'num_blocks': \d+\} are needed"),
     ],
 )
 def test_a_meta_that_is_wrong_is_named(args, small_pieces, change, message):
     main(args)
-    meta = read_json(args.folder / "meta.json", "")
-    change(meta)
-    (args.folder / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=f"{message}.*: remove the folder and run build_pretrain.py again"):
+    change_meta(args.folder, change)
+    with pytest.raises(ValueError, match=f"{message}.*: (remove the folder and run|make it again with) build_pretrain.py"):
         Pack(args.folder)
+
+
+def test_blocks_longer_than_all_text_take_no_memory(args, small_pieces):
+    main(args)
+
+    def change(meta):
+        meta["header"]["seq_len"] = 2**28
+        meta |= totals(meta)
+
+    change_meta(args.folder, change)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes
+    pack, shape = Pack(args.folder), (0, 2**28 + 1)
+    assert (pack.num_blocks, pack.held_out_blocks().shape, pack.blocks([]).shape) == (0, shape, shape)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 2**20
+
+
+def test_a_shard_of_another_size_than_its_tokens_is_named(args, small_pieces):
+    main(args)
+
+    def change(meta):
+        meta["num_tokens"] -= meta["shards"][1]["tokens"] - 300
+        meta["shards"][1]["tokens"] = 300
+        meta |= totals(meta)
+
+    change_meta(args.folder, change)
+    with pytest.raises(ValueError, match=r"shard_00001.bin has \d+ bytes, 600 bytes are needed: remove the folder"):
+        Pack(args.folder)
+
+
+def test_a_flipped_byte_of_the_pack_s_tokenizer_and_of_its_meta_is_named(args, small_pieces):
+    main(args)
+    for path in sorted((args.folder / "tokenizer").iterdir()):
+        flip(path, 30)
+        with pytest.raises(ValueError, match=f"tokenizer/{path.name} has SHA-256 .* is needed: remove the folder"):
+            Pack(args.folder)
+        with pytest.raises(ValueError, match=f"tokenizer/{path.name} has SHA-256 .* is needed: remove the folder"):
+            main(args)
+        flip(path, 30)
+    Pack(args.folder)
+    text = (args.folder / "meta.json").read_text()
+    (args.folder / "meta.json").write_text(text.replace('"compared": ', '"compared": 1', 1))
+    with pytest.raises(ValueError, match="meta.json has changed since it was written"):
+        Pack(args.folder)
+
+
+def test_what_is_known_of_a_finished_piece_is_sealed(args, small_pieces):
+    main(replace(args, task=0, num_tasks=1000))
+    path = args.folder / "partial/00000/0000.json"
+    before = path.read_text()
+    path.write_text(before.replace('"last": true', '"last": false'))
+    with pytest.raises(ValueError, match="00000/0000.json has changed since it was written"):
+        main(args)
+    path.write_text(before)
+    change_meta(path.parent, lambda entry: entry["shard"].update(tokens=None), "0000.json")
+    with pytest.raises(ValueError, match="00000/0000.json has tokens None, int is needed"):
+        main(args)
 
 
 def test_a_flipped_byte_in_a_shard_is_named_when_it_is_first_read(args, small_pieces):
@@ -699,7 +762,7 @@ def test_a_piece_on_the_hub_goes_on_at_its_last_whole_shard_when_the_network_fai
     worker(job(tmp_path, ["hf://datasets/a/b@c/0.jsonl"], reading=in_order, shard_tokens=1)).pack(0, 0, 0)
     assert tries == [0, 4, 8]  # from the last whole shard on; the batch after it was being read
     assert waits == [2, 4]
-    entries = [read_json(path, "") for path in sorted((tmp_path / "partial/00000").glob("*.json"))]
+    entries = [read_json(path, "")["shard"] for path in sorted((tmp_path / "partial/00000").glob("*.json"))]
     assert entries[-1]["last"]
     assert sum(entry["documents"] for entry in entries) == len(TEXTS[0::8])
 
@@ -722,7 +785,7 @@ def test_a_pack_grows_in_the_middle_of_a_piece_without_packing_its_beginning_aga
 
 @pytest.mark.parametrize(("tokens", "enough"), [(6400, False), (6401, True)])
 def test_the_last_block_needs_a_token_more(tmp_path, tokens, enough):
-    state = lm.packer.new_state({"seq_len": 64}, {"first_record": 0}, {}) | {"target_blocks": 100}
+    state = lm.packer.new_state({"seq_len": 64}, {"first_record": 0}, {}, {}) | {"target_blocks": 100}
     state["shards"] = [{"piece": 0, "tokens": tokens}]
     assert lm.packer.Packer(tmp_path, state, job(tmp_path, ["a.jsonl"])).enough == enough
 
@@ -731,13 +794,13 @@ def test_a_pack_that_finishes_between_two_looks_is_found(args, small_pieces, mon
     main(args)
     looks = []
 
-    def look(path, made_by):
+    def look(path, made_by, format):
         looks.append(path.name)
         if len(looks) == 1:  # meta.json came, and progress.json went, just after this
             raise FileNotFoundError(path)
-        return read_json(path, made_by)
+        return read_sealed(path, made_by, format)
 
-    monkeypatch.setattr(lm.shards, "read_json", look)
+    monkeypatch.setattr(lm.shards, "read_sealed", look)
     pack = Pack(args.folder)
     assert (looks, pack.finished) == (["meta.json", "progress.json", "meta.json"], True)
 

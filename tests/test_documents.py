@@ -243,6 +243,34 @@ def test_files_are_found_by_name_folder_and_pattern_each_once(tmp_path):
         find_files([f"{tmp_path}/notes.docx"])
 
 
+def test_a_large_parquet_file_that_is_damaged_or_empty_is_cut_as_one_and_named_when_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(lm.documents, "PIECE_BYTES", 100)  # as 64 MB
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=len(TEXTS) // 3)
+    assert len(cut(find_files([str(path)]), Reading(shuffle_window=0))) > 2
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (piece,) = cut(find_files([str(path)]), Reading(shuffle_window=0))
+    assert (piece.files, piece.start, piece.stop) == ((str(path),), 0, None)
+    (place, fault), *others = faults_of(path)
+    assert (place, fault[:9], others) == (f"{path} row 1", "damaged (", [])
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    pq.ParquetWriter(path, pa.schema({"text": pa.string()}, metadata={"why": "x" * 200})).close()  # no row group
+    (piece,) = cut(find_files([str(path)]), Reading(shuffle_window=0))
+    assert list(documents(piece, 0, Reading(shuffle_window=0))) == []
+
+
+def test_names_in_a_manifest_that_no_file_can_have_are_named_with_their_line(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.docx").write_text("a")
+    for name in ("x" * 5000, "a\0.txt", "a.txt/b.txt"):
+        (tmp_path / "manifest").write_text(f"a.txt\n{name}\n")
+        with pytest.raises(FileNotFoundError, match=r"manifest line 2: no file .*: mend the line"):
+            read_manifest(tmp_path / "manifest")
+    (tmp_path / "manifest").write_text("a.txt\na.docx\n")
+    with pytest.raises(ValueError, match=r"manifest line 2 lists .*/a.docx, which is of no kind that can be read"):
+        read_manifest(tmp_path / "manifest")
+
+
 def test_a_manifest_lists_files_beside_it_or_anywhere(tmp_path):
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):

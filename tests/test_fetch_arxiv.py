@@ -21,7 +21,7 @@ from test_papers import content
 from text import byte_level_bpe, documents
 
 from fetch_arxiv import ARXIV, Args, main
-from lm.files import read_json, read_jsonl
+from lm.files import read_json, read_jsonl, read_sealed, write_sealed
 from lm.papers import read_papers
 from lm.tokenizer import encode_documents
 
@@ -244,10 +244,11 @@ def test_finished_run_says_so_and_does_nothing(local, capsys):
 def test_folder_of_another_run_is_refused(local, tmp_path, finished):
     main(local)
     if not finished:  # as it was just before the end
-        header = read_json(local.output_dir / "meta.json", "")
+        meta = read_sealed(local.output_dir / "meta.json", "")
         (local.output_dir / "partial").mkdir()
         (local.output_dir / "meta.json").rename(local.output_dir / "partial/meta.json")
-        (local.output_dir / "partial/progress.json").write_text(json.dumps({"header": header}))
+        rest = {"rows": dict.fromkeys(SPLITS, 0), "tokens": 0, "index_bytes": 0}
+        write_sealed(local.output_dir / "partial/progress.json", meta | rest)
     tokenizer = byte_level_bpe(400)
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds other data \(tokenizer.fingerprint: there '.*', asked '.*'\): pass"):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import change_meta, flip, list_again
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from lm.files import read_json, sha256, write_json
+from lm.files import read_sealed, write_sealed
 from lm.paper_writer import PaperWriter, move_into_place, stored
 from lm.papers import read_papers
 
@@ -52,10 +53,7 @@ def change(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
-    meta = read_json(path.parent / "meta.json", "")
-    if path.name != "meta.json":
-        meta["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        write_json(path.parent / "meta.json", meta)
+    list_again(path.parent, path.name)
 
 
 def test_papers_are_read_as_they_were_written(store):
@@ -74,7 +72,7 @@ def test_papers_are_read_as_they_were_written(store):
     files = papers.meta.pop("files")
     counts = {"cs.CV": {"papers": 3, "tokens": 8}, "math.GR": {"papers": 1, "tokens": 2}}
     rest = {"num_tokens": 10, "num_papers": 4, "categories": counts, "left_out": {"empty": 2}}
-    assert papers.meta == {"format": "papers-1", **HEADER, **rest}
+    assert papers.meta == {"format": "papers-2", **HEADER, **rest}
     assert {name: (store / name).stat().st_size for name in files} == {name: f["size"] for name, f in files.items()}
     assert {"tokens.bin", "index.jsonl", "splits.json", "tokenizer/tokenizer.json"} <= files.keys()
     assert set(content(store)) == {*files, "meta.json"}
@@ -117,9 +115,10 @@ def test_writer_killed_while_files_move_into_place_ends_the_same(whole, tmp_path
     """Whatever number of the files has been moved out of partial/, the next run moves the rest."""
     store = tmp_path / "store"
     shutil.copytree(whole, store / "partial")
-    progress = {"header": {"format": "papers-1", **HEADER}, "rows": {}, "tokens": 0, "index_bytes": 0, "left_out": {}}
-    write_json(store / "partial/progress.json", progress)
-    names = [*read_json(whole / "meta.json", "")["files"], "meta.json"]
+    rest = {"rows": dict.fromkeys(PAPERS, 0), "tokens": 0, "index_bytes": 0, "left_out": {}}
+    progress = {"format": "papers-2", **HEADER, **rest}
+    write_sealed(store / "partial/progress.json", progress)
+    names = [*read_sealed(whole / "meta.json", "")["files"], "meta.json"]
     for name in names[:moved]:
         (store / name).parent.mkdir(exist_ok=True)
         (store / "partial" / name).rename(store / name)
@@ -191,18 +190,27 @@ def test_truncated_tokens_are_named(store):
 def test_missing_files_are_named_together(store):
     (store / "splits.json").unlink()
     (store / "tokenizer/tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"splits.json is missing, \d+ bytes are needed; .*/tokenizer.json is missing"):
+    with pytest.raises(ValueError, match=r"splits.json is missing, \d+ bytes are needed: .*\n.*/tokenizer.json is missing"):
         read_papers(store)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer/tokenizer.json"])
+NAMES = ["tokens.bin", "index.jsonl", "splits.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_byte_is_named(store, name):
-    data = bytearray((store / name).read_bytes())
-    data[7] ^= 1
-    (store / name).write_bytes(data)
-    read_papers(store)  # sizes are right
+    flip(store / name, 7)
+    if name == "tokens.bin":  # large: of it only the size is looked at, unless it is asked for
+        read_papers(store)
     with pytest.raises(ValueError, match=rf"{name} has SHA-256 [0-9a-f]{{64}}, [0-9a-f]{{64}} is needed: remove"):
-        read_papers(store, verify=True)
+        read_papers(store, verify=name == "tokens.bin")
+
+
+def test_a_flipped_byte_in_a_count_of_meta_is_named(store):
+    path = store / "meta.json"
+    path.write_text(path.read_text().replace('"num_papers": 4', '"num_papers": 5'))
+    with pytest.raises(ValueError, match=r"meta.json has changed since it was written: its SHA-256 is .*: make it again"):
+        read_papers(store)
 
 
 LINE_2 = '{"paper_id": "train_1", "category": "math.GR", "offset": 3, "length": 2}'
@@ -264,17 +272,70 @@ def test_splits_of_another_shape_are_named(store):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("change", "message"),
     [
-        ('"papers-1"', '"papers-0"', "has format 'papers-0', 'papers-1' is needed"),
-        ('"uint16"', '"int16"', "has dtype 'int16', one of uint16, uint32 is needed"),
-        ('"uint16"', '"uint32"', "gives tokens.bin 20 bytes, 10 tokens need 4 each"),
-        ('"num_tokens"', '"tokens_num"', "lacks num_tokens"),
-        ('"format"', "format", "is not JSON"),
+        (lambda meta: meta.update(format="papers-1"), "has format 'papers-1', 'papers-2' is needed"),
+        (lambda meta: meta.update(dtype="int16"), "has dtype 'int16', one of uint16, uint32 is needed"),
+        (lambda meta: meta.update(dtype="uint32"), "gives tokens.bin 20 bytes, 10 tokens need 4 each"),
+        (lambda meta: meta.pop("num_tokens"), "has num_tokens None, int is needed"),
+        (lambda meta: meta.update(num_tokens=0), "has num_tokens 0, 1 to "),
+        (lambda meta: meta.update(num_papers=True), "has num_papers True, int is needed"),
+        (lambda meta: meta.update(vocab_size=65537), "has vocab_size 65537, uint16 holds 65536 ids"),
+        (lambda meta: meta["tokenizer"].pop("fingerprint"), "tokenizer has fingerprint None, str is needed"),
+        (lambda meta: meta["left_out"].update(empty=-1), "left_out has empty -1, 0 to "),
+        (lambda meta: meta["files"].pop("index.jsonl"), "does not list index.jsonl"),
+        (lambda meta: meta["files"]["splits.json"].update(size=True), "splits.json has size True, int is needed"),
+        (lambda meta: meta["files"].update({"../x": meta["files"]["index.jsonl"]}), "names '../x', a file inside the folder"),
+        (lambda meta: meta["files"].update({"x" * 5000: meta["files"]["index.jsonl"]}), "names 'xxx"),
     ],
 )
-def test_bad_meta_is_named(store, old, new, message):
-    path = store / "meta.json"
-    path.write_text(path.read_text().replace(old, new))
+def test_a_meta_that_is_wrong_is_named(store, change, message):
+    change_meta(store, change)
     with pytest.raises(ValueError, match=rf"meta.json {message}"):
         read_papers(store)
+
+
+def test_counts_of_categories_are_those_of_the_index(store):
+    change_meta(store, lambda meta: meta["categories"]["cs.CV"].update(tokens=9))
+    with pytest.raises(ValueError, match=r"index.jsonl has categories .*'tokens': 8.* are needed"):
+        read_papers(store)
+
+
+def test_a_meta_without_a_seal_is_refused(store):
+    meta = json.loads((store / "meta.json").read_text())
+    del meta["sha256"]
+    (store / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="has no sha256 of itself .*its format is 'papers-2'.*, one is needed"):
+        read_papers(store)
+
+
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused(store, tmp_path):
+    (store / "index.jsonl").rename(tmp_path / "elsewhere")
+    (store / "index.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"index.jsonl is a link to .*/elsewhere, a file inside the folder is needed"):
+        read_papers(store)
+    (tmp_path / "link").symlink_to(store, target_is_directory=True)
+    (store / "index.jsonl").unlink()
+    (tmp_path / "elsewhere").rename(store / "index.jsonl")
+    read_papers(tmp_path / "link")  # the folder itself may be one
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(tokens=-1), "has tokens -1, 0 to "),
+        (lambda state: state["rows"].update(train="1"), "rows has train '1', int is needed"),
+        (lambda state: state["rows"].pop("train"), "has splits validation, train, validation are needed"),
+        (lambda state: state.update(format="papers-1"), "has format 'papers-1', 'papers-2' is needed"),
+    ],
+)
+def test_saved_progress_that_is_wrong_is_named(tmp_path, change, message):
+    writer = PaperWriter(tmp_path, HEADER, PAPERS)
+    writer.commit()
+    writer.close()
+    change_meta(tmp_path / "partial", change, "progress.json")
+    with pytest.raises(ValueError, match=f"progress.json {message}"):
+        PaperWriter(tmp_path, HEADER, PAPERS)
+    flip(tmp_path / "partial/progress.json", 20)
+    with pytest.raises(ValueError, match="progress.json"):
+        PaperWriter(tmp_path, HEADER, PAPERS)

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from damage import change_meta, flip, list_again
 
 from build_data_splits import Args, build
-from lm.files import read_json, read_jsonl, sha256
+from lm.files import read_jsonl, read_sealed, sha256
 from lm.graph_search import Task
 from lm.graph_text import fingerprint, prompt_digest
 from lm.splits import SETS, identify, read_splits, splits_folder
@@ -34,18 +35,11 @@ def folder(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "sets"))
 
 
-def change_meta(folder: Path, **changes) -> None:
-    meta = read_json(folder / "meta.json", "")
-    (folder / "meta.json").write_text(json.dumps(meta | changes))
-
-
 def replace_lines(folder: Path, name: str, lines: list) -> None:
     """Write other rows (or raw lines) with the checksum and size that belong to them; the count stays."""
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    files = read_json(folder / "meta.json", "")["files"]
-    files[path.name] |= {"size": path.stat().st_size, "sha256": sha256(path)}
-    change_meta(folder, files=files)
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / f"{name}.jsonl").write_text(text)
+    list_again(folder, f"{name}.jsonl")
 
 
 def refused(folder: Path, *faults: str, **asked) -> None:
@@ -62,7 +56,7 @@ def test_rows_and_reserved_prompts_are_those_of_all_three_files(built):
     assert splits.reserved == {prompt_digest(row["input_text"]) for found in rows.values() for row in found}
     assert len(splits.reserved) == sum(SIZES.values())
     assert (splits.task, splits.folder) == (Task(24, 4), built)
-    assert splits.meta == read_json(built / "meta.json", "")
+    assert splits.meta == read_sealed(built / "meta.json", "")
 
 
 def test_only_the_five_published_keys_are_needed(folder):
@@ -82,32 +76,54 @@ def test_what_is_unfinished_is_named_with_the_script_that_makes_it(folder):
 @pytest.mark.parametrize(
     ("meta", "faults"),
     [
-        ([1], ["format [1], 'splits-1' is needed"]),
-        ({"format": "splits-0"}, ["format 'splits-0', 'splits-1' is needed"]),
-        (
-            {"format": "splits-1", "max_input_size": "24", "generator": {}},
-            ["max_input_size '24', int is needed", "max_lookahead None, int is needed", "files None, dict is needed"],
-        ),
+        ([1], ["format [1], 'splits-2' is needed: make it again with build_data_splits.py"]),
+        ({"format": "splits-1"}, ["format 'splits-1', 'splits-2' is needed: make it again with build_data_splits.py"]),
     ],
 )
 def test_another_meta_json_is_refused(meta, faults, folder):
     (folder / "meta.json").write_text(json.dumps(meta))
-    refused(folder, *(f"{folder}/meta.json has {fault}{AGAIN}" for fault in faults))
+    refused(folder, *(f"{folder}/meta.json has {fault}" for fault in faults))
+
+
+def test_values_of_meta_json_of_the_wrong_kind_are_named_together(folder):
+    change_meta(folder, lambda meta: meta.update(max_input_size="24", max_lookahead=-1, generator=[], files=None))
+    refused(
+        folder,
+        f"{folder}/meta.json has max_input_size '24', int is needed{AGAIN}",
+        f"{folder}/meta.json has max_lookahead -1, 0 to 1048575 is needed{AGAIN}",
+        f"{folder}/meta.json has generator [], dict is needed{AGAIN}",
+        f"{folder}/meta.json has files None, dict is needed{AGAIN}",
+    )
 
 
 def test_meta_json_must_know_every_file(folder):
-    files = read_json(folder / "meta.json", "")["files"]
-    change_meta(
-        folder, generator={}, files={"eval.jsonl": files["eval.jsonl"], "mixin.jsonl": files["mixin.jsonl"] | {"count": True}}
-    )
+    def change(meta: dict) -> None:
+        meta["generator"].clear()
+        del meta["files"]["test.jsonl"]
+        meta["files"]["mixin.jsonl"]["count"] = True
+        meta["files"]["/etc/passwd"] = 3
+
+    change_meta(folder, change)
     refused(
         folder,
         f"{folder}/meta.json generator has name None, str is needed{AGAIN}",
-        f"{folder}/meta.json test.jsonl has count None, int is needed{AGAIN}",
-        f"{folder}/meta.json test.jsonl has size None, int is needed{AGAIN}",
-        f"{folder}/meta.json test.jsonl has sha256 None, str is needed{AGAIN}",
+        f"{folder}/meta.json names '/etc/passwd', a file inside the folder is needed{AGAIN}",
+        f"{folder}/meta.json does not list test.jsonl{AGAIN}",
         f"{folder}/meta.json mixin.jsonl has count True, int is needed{AGAIN}",
+        f"{folder}/meta.json /etc/passwd is 3, an object is needed{AGAIN}",
     )
+
+
+def test_a_task_that_cannot_be_is_refused(folder):
+    change_meta(folder, lambda meta: meta.update(max_lookahead=0))
+    refused(folder, f"{folder}/meta.json: --max_lookahead 0 is below 1: a search looks ahead at least one step{AGAIN}")
+
+
+def test_a_changed_count_in_meta_json_is_named(folder):
+    path = folder / "meta.json"
+    path.write_text(path.read_text().replace('"num_redrawn": ', '"num_redrawn": 1'))
+    with pytest.raises(ValueError, match=f"^{path} has changed since it was written: its SHA-256 is .* was written: make it"):
+        read_splits(folder)
 
 
 def test_sets_of_another_task_or_generator_are_refused_together(built):
@@ -132,7 +148,7 @@ def test_a_generator_is_known_by_its_name_and_source(folder, tmp_path, monkeypat
     for unknown in ("not_there:Graphs", "not.there:Graphs", ":Graphs", "itertools:Graphs"):
         assert identify(unknown) == {"name": unknown, "fingerprint": None}
 
-    change_meta(folder, generator=there)
+    change_meta(folder, lambda meta: meta.update(generator=there))
     assert read_splits(folder, generator="identified_graphs:Graphs").meta["generator"] == there
     refused(folder, f"{folder} was built with generator {there['name']}, the run's is built-in; {GENERATOR}")
     source.write_text("changed = True\n")
@@ -160,9 +176,7 @@ def test_missing_and_truncated_files_are_named_together(folder):
 
 def test_a_flipped_bit_is_named(folder):
     before = sha256(folder / "test.jsonl")
-    content = bytearray((folder / "test.jsonl").read_bytes())
-    content[500] ^= 1
-    (folder / "test.jsonl").write_bytes(content)
+    flip(folder / "test.jsonl", 500)
     refused(folder, f"{folder}/test.jsonl has SHA-256 {sha256(folder / 'test.jsonl')}, {before} is needed{AGAIN}")
 
 
