@@ -1,5 +1,6 @@
 """Fixtures that several test files share. Nothing here reaches beyond 127.0.0.1."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,16 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """The environment variables with which boto3 finds a real S3 server (SeaweedFS), started once per test process."""
+    with start_s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def start_s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """A real S3 server that keeps its files in `folder`, and the environment variables with which boto3 finds it."""
     access, secret = (uuid.uuid4().hex for _ in range(2))
-    for _ in range(3):  # another process may take a port between our look and the server's start
-        folder, ports = tmp_path_factory.mktemp("s3"), {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    for attempt in range(3):  # another process may take a port between our look and the server's start
+        ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
         environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
             "AWS_ACCESS_KEY_ID": access,
@@ -44,7 +53,9 @@ def s3_server(tmp_path_factory):
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_MAX_ATTEMPTS": "3",
         }
-        server = start_s3(folder, ports, access, secret)
+        place = folder / str(attempt)
+        place.mkdir(parents=True)
+        server = start_s3(place, ports, access, secret)
         try:
             if s3_answers(environment, server):
                 yield environment
@@ -55,7 +66,7 @@ def s3_server(tmp_path_factory):
             for port in (offset + port for port in ports.values() for offset in (0, 10_000)):
                 for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                     leftover.unlink()
-    raise RuntimeError(f"the S3 server did not start: {(folder / 'log').read_text()[-2000:]}")
+    raise RuntimeError(f"the S3 server did not start: {(place / 'log').read_text()[-2000:]}")
 
 
 def start_s3(folder: Path, ports: dict[str, int], access: str, secret: str) -> subprocess.Popen:

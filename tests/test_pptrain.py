@@ -1,10 +1,7 @@
 """pptrain.py as its users run it: the curriculum, and real processes killed in its middle."""
 
 import json
-import random
-import signal
 import string
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +10,7 @@ import torch
 from graph_runs import SETTINGS, STAGES, TOY, build, train, write_split
 from text import byte_level_bpe
 from tokenizers import Tokenizer, models
-from training import ROOT, events, kill, outcome, output, wait_for_step
+from training import ROOT, events, kill, outcome, output
 from training import run as run_any
 from training import start as start_any
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
@@ -148,21 +145,6 @@ def test_the_final_model_loads_with_transformers(uninterrupted):
     tokenizer = AutoTokenizer.from_pretrained(uninterrupted[1] / "final")
     assert model.config.vocab_size == len(tokenizer) == 300
     assert json.loads((uninterrupted[1] / "final/about.json").read_text())["step"] == 24
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_in_the_middle_of_the_curriculum_ends_bit_for_bit_as_if_it_had_not_been(
-    processes, uninterrupted, data, start, run, tmp_path
-):
-    folder, draw = tmp_path / "run", random.Random(processes)
-    for step in (2, 8, 17):  # before the first checkpoint but step 0; at a change of stage; in the middle of a stage
-        process = start(folder, data, processes)
-        wait_for_step(folder, step, process)
-        time.sleep(draw.random() * 0.05)
-        kill(process)
-    assert run(folder, data, processes) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted[processes])
-    assert [event["event"] for event in events(folder)] == ["started", "resumed", "resumed", "resumed", "finished"]
 
 
 def test_a_run_resumes_at_a_checkpoint_of_the_step_that_ended_a_stage(uninterrupted, data, run, tmp_path):
@@ -319,17 +301,6 @@ def test_dropout_is_on_in_every_step_and_drawn_anew_as_it_was_after_a_stop(in_pr
         stopped = in_process("stopped", **small, max_steps=max_steps)
     assert sha256(stopped / "final/model.safetensors") == sha256(whole / "final/model.safetensors")
     assert modes == [True] * 2 * 7
-
-
-def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_it(uninterrupted, data, start, run, tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, data, processes=2)
-    wait_for_step(folder, 9, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) != 0
-    assert events(folder)[-1]["event"] == "stopped", output(folder)
-    assert run(folder, data, processes=2) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted[2])
 
 
 def test_a_run_that_begins_at_the_checkpoint_of_another_has_it_in_its_own_folder(in_process):

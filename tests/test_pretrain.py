@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import threading
@@ -17,6 +16,7 @@ import torch
 from graph_runs import build, write_split
 from graph_runs import train as pptrain_here
 from packs import SEQ_LEN, SETTINGS, pretrain_here, publish, stream, write_pack
+from safetensors.torch import load_file
 from text import byte_level_bpe, documents
 from training import ROOT, events, kill, outcome, output
 from training import run as run_any
@@ -198,22 +198,6 @@ def test_records_hold_the_means_of_all_steps_since_the_one_before(here, batches)
     assert state_of(folder, 6)["tokens"] == targets
 
 
-@pytest.mark.parametrize(
-    ("processes", "kills"),
-    [(1, [("train", 3), ("eval", 8), ("train", 18)]), (2, [("eval", 8), ("train", 18)])],
-)
-def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_it_had_not_been(processes, kills, uninterrupted, scratch, tmp_path):
-    folder, draw = tmp_path / "run", random.Random(processes)
-    for log, step in kills:
-        process = start(folder, scratch, processes)
-        wait_for(folder / f"logs/{log}.jsonl", f'{{"step": {step}, ', process)
-        time.sleep(draw.random() * 0.05)
-        kill(process)
-    assert run(folder, scratch, processes) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted[processes])
-    assert [event["event"] for event in events(folder)] == ["started", *["resumed"] * len(kills), "finished"]
-
-
 def test_two_processes_train_on_the_same_rows_as_one_also_when_they_take_over(uninterrupted, scratch, here):
     with stopping_after(13):
         changed = here(code=75)
@@ -235,7 +219,7 @@ def test_the_step_from_which_a_run_begins_has_the_pre_pretrained_weights_and_no_
     trained = load_model(scratch / "pptrain/final").state_dict()
     assert begun.keys() == trained.keys()
     assert all(torch.equal(begun[name], trained[name]) for name in begun)
-    assert (folder / "checkpoints/step_00000000/optimizer.safetensors").stat().st_size < 100
+    assert load_file(folder / "checkpoints/step_00000000/optimizer.safetensors") == {}
 
 
 def test_a_run_stopped_in_the_middle_of_a_log_interval_goes_on_exactly(uninterrupted, here):

@@ -1,7 +1,6 @@
 """S3 transfers against a real server: whole or a clear error, never a part taken for a whole."""
 
 import contextlib
-import json
 import os
 import random
 import socket
@@ -9,7 +8,7 @@ import threading
 
 import pytest
 
-from lm.files import sha256, write_json
+from lm.files import sha256, write_sealed
 from lm.s3 import S3Error, S3Folder
 
 SIZES = {"tokens.bin": 20_000_000, "index.jsonl": 1000, "tokenizer/tokenizer.json": 0}  # the first goes in three parts
@@ -22,7 +21,7 @@ def make_folder(folder, sizes=SIZES, seed=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(random.Random(f"{seed}{name}").randbytes(size))
     files = {name: {"size": size, "sha256": sha256(folder / name)} for name, size in sizes.items()}
-    write_json(folder / "meta.json", {"files": files})
+    write_sealed(folder / "meta.json", {"files": files})
     return folder
 
 
@@ -177,14 +176,21 @@ def test_object_with_altered_bytes_is_named(s3, small, tmp_path):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        (json.dumps({"files": {"../x": {"size": 1, "sha256": ""}}}), r"names files outside its folder \(\.\./x\)"),
+        ("{", "is not JSON"),
+        ("[]", r"is \[\], an object is needed"),
+        ('{"files": {}}', "has no sha256 of itself"),
+        ('{"files": {}, "sha256": "0"}', "has changed since it was written: its SHA-256 is .*, '0' was written"),
+        ({"files": []}, r"has files \[\], dict is needed"),
+        ({"files": {"../x": {"size": 1, "sha256": ""}}}, r"names '../x', a file inside the folder is needed"),
+        ({"files": {"x": {"size": "1", "sha256": ""}}}, r"x has size '1', int is needed"),
     ],
 )
 def test_bad_meta_is_refused(s3, tmp_path, meta, message):
+    if isinstance(meta, dict):
+        write_sealed(tmp_path / "sealed.json", meta)
+        meta = (tmp_path / "sealed.json").read_text()
     s3[0].put_object(Bucket=s3[1], Key="p/meta.json", Body=meta.encode())
-    with pytest.raises(S3Error, match=message):
+    with pytest.raises(S3Error, match=f"p/meta.json {message}.*: upload the folder again"):
         S3Folder(s3[1], "p").download(tmp_path)
 
 

@@ -3,22 +3,19 @@
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from damage import change_meta, list_again
 from training import ROOT, TINY, events, flags, kill, outcome, output, run, start, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from lm.args import parse
-from lm.run import EXIT_STOPPED
 from lm.runlog import records
 
 
@@ -95,77 +92,11 @@ def test_three_processes_add_gradients_in_the_same_order_after_a_resume(papers_d
     assert outcome(killed) == outcome(whole)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_if_it_had_not_been(
-    processes, uninterrupted, uninterrupted_on_two, papers_dir, tmp_path
-):
-    folder, draw = tmp_path / "run", random.Random(processes)
-    for step in (3, 17, 31):  # before the first checkpoint but step 0, and between others
-        process = start(folder, papers_dir, processes)
-        wait_for_step(folder, step, process)
-        time.sleep(draw.random() * 0.1)
-        kill(process)
-    assert run(folder, papers_dir, processes) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted if processes == 1 else uninterrupted_on_two)
-    assert [event["event"] for event in events(folder)] == ["started", "resumed", "resumed", "resumed", "finished"]
-
-
 def test_two_processes_equal_one_with_twice_the_accumulation(uninterrupted, uninterrupted_on_two):
     one, two = (records(folder, "train") for folder in (uninterrupted, uninterrupted_on_two))
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=2e-5)
     assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=2e-4)
     assert json.loads((uninterrupted_on_two / "run.json").read_text())["derived"]["grad_accum"] == 2
-
-
-def test_a_run_goes_on_with_another_number_of_processes_and_another_split(uninterrupted, papers_dir, tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, papers_dir, processes=2)
-    wait_for_step(folder, 18, process)
-    kill(process)
-    assert run(folder, papers_dir, processes=1, micro_batch=4) == 0, output(folder)
-    same, other = (records(run_folder, "train") for run_folder in (uninterrupted, folder))
-    assert [record["step"] for record in other] == [record["step"] for record in same]
-    assert [record["loss"] for record in other] == pytest.approx([record["loss"] for record in same], rel=2e-5)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint_and_exit_code_75(name, uninterrupted, papers_dir, tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, papers_dir)
-    wait_for_step(folder, 13, process)
-    process.send_signal(signal.Signals[name])
-    assert process.wait(timeout=20) == EXIT_STOPPED == 75, output(folder)
-    stopped = events(folder)[-1]
-    assert (stopped["event"], stopped["signal"]) == ("stopped", name)
-    assert (folder / "checkpoints" / f"step_{stopped['step']:08d}" / "manifest.json").exists()
-    assert run(folder, papers_dir) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted)
-
-
-def test_a_signal_to_trainer_and_loader_processes_alike_stops_with_a_checkpoint(uninterrupted, papers_dir, tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, papers_dir, num_workers=1)
-    wait_for_step(folder, 13, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as scancel does
-    assert process.wait(timeout=30) == EXIT_STOPPED, output(folder)
-    assert run(folder, papers_dir, num_workers=1) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted)
-
-
-def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(uninterrupted, papers_dir, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        folder = disk / "run"
-        assert run(folder, papers_dir) == 1
-        assert "make room or mend the disk, then run the same command again" in Path(f"{folder}.out").read_text()
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        assert run(folder, papers_dir) == 0, output(folder)
-        assert outcome(folder) == outcome(uninterrupted)
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_signal_to_one_process_of_two_stops_both(uninterrupted_on_two, papers_dir, tmp_path):
@@ -238,9 +169,7 @@ def test_another_schedule_or_other_data_is_another_run(in_process, papers_dir, t
     with pytest.raises(ValueError, match="total_steps: saved 2, now 3"):
         in_process(token_budget=864, lr_schedule="cosine")
     other = shutil.copytree(papers_dir, tmp_path / "data")
-    meta = json.loads((other / "meta.json").read_text())
-    meta["files"]["tokens.bin"]["sha256"] = "0" * 64
-    (other / "meta.json").write_text(json.dumps(meta))
+    change_meta(other, lambda meta: meta["files"]["tokens.bin"].update(sha256="0" * 64))
     with pytest.raises(ValueError, match="data: saved"):
         in_process(token_budget=576, lr_schedule="cosine", data_dir=other)
     with pytest.raises(ValueError, match="tokens.bin has SHA-256"):
@@ -254,9 +183,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(in_process, papers_
     merges[0], merges[1] = merges[1], merges[0]
     text = json.dumps(tokenizer, ensure_ascii=False, indent=2)
     (other / "tokenizer" / "tokenizer.json").write_text(text)
-    meta = json.loads((other / "meta.json").read_text())
-    meta["files"]["tokenizer/tokenizer.json"]["size"] = len(text.encode())
-    (other / "meta.json").write_text(json.dumps(meta))
+    list_again(other, "tokenizer/tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer did not make .*tokens.bin"):
         in_process(data_dir=other)
 
@@ -273,32 +200,6 @@ def test_another_run_in_the_same_folder_is_refused_naming_every_difference(in_pr
     in_process(token_budget=576)
     with pytest.raises(ValueError, match=r"lr: saved 0.003, now 0.001; effective_batch: saved 12, now 24"):
         in_process(token_budget=576, lr=0.001, effective_batch=24)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    name, harm, uninterrupted, papers_dir, tmp_path, in_process, capsys
-):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    shutil.rmtree(folder / "final")
-    path = folder / "checkpoints" / "step_00000040" / name
-    content = path.read_bytes()
-    middle = len(content) // 2
-    if harm == "remove":
-        path.unlink()
-    elif harm == "truncate":
-        path.write_bytes(content[:middle])
-    else:
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    assert in_process() == 0
-    said = capsys.readouterr().out
-    assert "step_00000040 is damaged" in said
-    assert name in said or (name, harm) == ("manifest.json", "flip")  # then it is the file that it says something else of
-    assert [event["step"] for event in events(folder) if event["event"] == "resumed"] == [35]
-    assert outcome(folder) == outcome(uninterrupted)
-    assert (folder / "checkpoints" / "step_00000040.damaged_1").exists()
 
 
 def test_a_transient_fault_changes_nothing(in_process, uninterrupted, tmp_path, monkeypatch):
@@ -359,31 +260,6 @@ def poison(monkeypatch, calls=(), rows=()) -> None:
         return (loss * float("nan"), finite) if hit else (loss, finite)
 
     monkeypatch.setattr(train, "window_loss", poisoned)
-
-
-POISON_ONE_OF_TWO = """
-import os, sys, torch, train
-from lm.args import parse
-from lm.run import run_and_exit
-clean, count = train.window_loss, 0
-def poisoned(model, windows):
-    global count
-    count += 1
-    loss, finite = clean(model, windows)
-    return (loss * float(sys.argv[1]), finite) if os.environ["RANK"] == "1" and count == 13 else (loss, finite)
-train.window_loss = poisoned
-run_and_exit(train.main, parse(train.Args, sys.argv[2:]))
-"""
-
-
-def test_a_fault_on_one_process_of_two_changes_nothing_on_either(uninterrupted_on_two, papers_dir, tmp_path):
-    folder, script = tmp_path / "run", tmp_path / "poisoned.py"
-    script.write_text(POISON_ONE_OF_TWO.replace("sys.argv[1]", "'nan'").replace("sys.argv[2:]", "sys.argv[1:]"))
-    process = start(folder, papers_dir, processes=2, script=script)
-    assert process.wait(timeout=90) == 0, output(folder)
-    assert outcome(folder) == outcome(uninterrupted_on_two)
-    fault = next(event for event in events(folder) if event["event"] == "not_finite")
-    assert fault["faults"][0] == "loss of micro-batch 1 on process 1"
 
 
 def test_the_last_checkpoints_are_kept_and_the_rest_removed(uninterrupted):
