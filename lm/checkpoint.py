@@ -150,8 +150,12 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove all but the newest `keep`; the newest was read back whole a moment ago, so a good one always stays."""
+        for gone in self.folder.glob(".step_*.gone"):  # left by a kill
+            shutil.rmtree(gone)
         for path in self.paths()[: -self.keep]:
-            shutil.rmtree(path)
+            gone = path.with_name(f".{path.name}.gone")  # what is half removed must not stand under its name
+            path.rename(gone)
+            shutil.rmtree(gone)
 
 
 def copy_into(memory: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -93,6 +93,23 @@ def test_the_newest_are_kept(tmp_path, trained):
     assert checkpoints.newest_good().name == "step_00000010"
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_under_its_name(tmp_path, trained, monkeypatch):
+    checkpoints = saved(tmp_path, trained, [1, 2], keep=2)
+
+    def killed(folder):
+        (folder / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoints.keep = 1
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints._prune()
+    assert [(path.name, damage(path)) for path in checkpoints.paths()] == [("step_00000002", None)]
+    checkpoints._prune()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"], "and the next one clears away"
+
+
 def test_damaged_ones_are_passed_over_and_kept_for_inspection(tmp_path, trained, capsys):
     checkpoints = saved(tmp_path, trained, [1, 2, 3])
     (tmp_path / "step_00000003" / "model.safetensors").write_bytes(b"")
