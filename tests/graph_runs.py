@@ -31,6 +31,15 @@ SETTINGS = {  # a look every three steps at the last 30 examples, of which nearl
     "eval_subset_size": 10,
     "log_every": 2,
 }
+CURRICULUM = SETTINGS | {  # a look every four steps at the last ten examples; each look ends a stage
+    "max_steps": 100,
+    "micro_batch": 3,
+    "curr_window": 10,
+    "curr_check_every": 4,
+    "curr_threshold": 0.0,
+    "checkpoint_interval_steps": 5,
+    "log_every": 1,
+}
 
 
 def build(folder: Path, **changes) -> Path:

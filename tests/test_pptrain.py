@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from graph_runs import SETTINGS, STAGES, TOY, build, train, write_split
+from graph_runs import CURRICULUM, STAGES, TOY, build, train, write_split
 from text import byte_level_bpe
 from tokenizers import Tokenizer, models
 from training import ROOT, events, kill, outcome, output
@@ -24,15 +24,6 @@ from lm.runlog import records
 from synthetic import SyntheticExamples, Task
 
 TOKENIZER = byte_level_bpe()
-CURRICULUM = SETTINGS | {  # a look every four steps at the last ten examples; each look ends a stage
-    "max_steps": 100,
-    "micro_batch": 3,
-    "curr_window": 10,
-    "curr_check_every": 4,
-    "curr_threshold": 0.0,
-    "checkpoint_interval_steps": 5,
-    "log_every": 1,
-}
 ALONE = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1, reduce=lambda x, _: x)
 LEARN = {"generator": TOY, "curr_window": 30, "curr_check_every": 3, "curr_threshold": 0.98}  # stages that must be earned
 

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from damage import list_again
 from graph_runs import build, write_split
 from graph_runs import train as pptrain_here
 from packs import SEQ_LEN, SETTINGS, pretrain_here, publish, stream, write_pack
@@ -364,6 +365,7 @@ def test_a_checkpoint_of_a_step_is_known_by_the_tokenizer_it_was_trained_with(sc
             here(c4_dir=pack, pptrain_checkpoint=asked)
     shutil.rmtree(pack / "tokenizer")
     TOKENIZER.save_pretrained(pack / "tokenizer")
+    list_again(pack, *(f"tokenizer/{path.name}" for path in (pack / "tokenizer").iterdir()))
     with pytest.raises(ValueError, match=r"other_end/tokenizer did not make its shards: remove the folder and run build_pre"):
         here(c4_dir=pack)
 

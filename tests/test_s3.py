@@ -1,12 +1,10 @@
 """S3 transfers against a real server: whole or a clear error, never a part taken for a whole."""
 
-import contextlib
 import os
 import random
-import socket
-import threading
 
 import pytest
+from s3_proxy import CuttingProxy
 
 from lm.files import sha256, write_sealed
 from lm.s3 import S3Error, S3Folder
@@ -37,41 +35,6 @@ def folder(tmp_path):
 @pytest.fixture
 def small(tmp_path):
     return make_folder(tmp_path / "small", {"tokens.bin": 1000, "index.jsonl": 10})
-
-
-class CuttingProxy:
-    """Forwards TCP to the server, and cuts connections that carried `limit` bytes in one direction, `cuts` times in all."""
-
-    def __init__(self, server: str, limit: int, cuts: int):
-        self.server = ("127.0.0.1", int(server.rpartition(":")[2]))
-        self.limit, self.cuts, self.made = limit, cuts, 0
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                client, _ = self.socket.accept()
-            except OSError:  # closed
-                return
-            server = socket.create_connection(self.server)
-            for pair in ((client, server), (server, client)):
-                threading.Thread(target=self.forward, args=pair, daemon=True).start()
-
-    def forward(self, source, sink):
-        passed = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                passed += len(data)
-                if passed > self.limit and self.made < self.cuts:
-                    self.made += 1
-                    break
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
 
 
 @pytest.fixture

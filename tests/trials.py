@@ -35,14 +35,6 @@ from lm.mixed_rows import MixedRows
 from lm.run import EXIT_STOPPED
 
 TRAINERS = ("train", "pptrain", "pretrain")
-CURRICULUM = graph_runs.SETTINGS | {  # a look every four steps ends a stage; six stages
-    "micro_batch": 3,
-    "curr_window": 10,
-    "curr_check_every": 4,
-    "curr_threshold": 0.0,
-    "checkpoint_interval_steps": 5,
-    "log_every": 1,
-}
 LOSS_TOLERANCE = 1e-4  # relative, between runs on different numbers of processes: float addition in another order
 Detail = dict[str, Any]
 
@@ -77,17 +69,15 @@ class World:
 
     def options(self, trainer: str) -> dict[str, Any]:
         """The arguments of a run of about forty steps, all but its folder."""
-        here, common = self.folder, {"ledger": True, "force_cpu": True}
+        here = self.folder
         graphs = {"scratch_dir": here, "tokenizer": here / "tokenizer", "data_dir": here / "stages_splits"}
         text = {"scratch_dir": here, "c4_dir": here / "pack", "data_dir": here / "mixin_splits", "pptrain_checkpoint": "none"}
-        return (
-            common
-            | {
-                "train": TINY | {"data_dir": here / "papers"},
-                "pptrain": CURRICULUM | graphs,
-                "pretrain": packs.SETTINGS | {"total_steps": 36, "model": "neox-64x2"} | text,
-            }[trainer]
-        )
+        own = {
+            "train": TINY | {"data_dir": here / "papers"},
+            "pptrain": graph_runs.CURRICULUM | graphs,
+            "pretrain": packs.SETTINGS | text | {"total_steps": 36, "model": "neox-64x2"},
+        }
+        return own[trainer] | {"ledger": True, "force_cpu": True}
 
     def start(self, trainer: str, folder: Path, processes: int = 1, before: Callable | None = None, **changes: Any) -> Launch:
         """A run in `folder`, on its way."""
@@ -174,10 +164,10 @@ def killed(
 
 
 def half_written(folder: Path) -> bool:
-    """Whether a checkpoint or a model is being written."""
+    """Whether a checkpoint or a model is being written, replaced or removed."""
     with contextlib.suppress(FileNotFoundError):
         names = os.listdir(folder / "checkpoints") + os.listdir(folder)
-        return any(name.startswith(".") and name.endswith((".partial", ".old")) for name in names)
+        return any(name.startswith(".") and name.endswith((".partial", ".old", ".gone")) for name in names)
     return False
 
 
