@@ -4,7 +4,7 @@
     python -m benchmarks.faults --faults kill nan --trials 20     # some of it
 
 Every trial starts real processes of the real scripts on real files, harms them, lets them go on, and compares what they end
-with, byte for byte, with a run that nothing happened to (tests/trials.py has the trials, tests/test_faults.py makes a few).
+with, byte for byte, with a run that nothing happened to (tests/trials*.py are the trials, tests/test_faults.py makes a few).
 A fault is drawn from (--seed, fault, number); when it strikes is up to the clock. Full disks need root, SLURM its packages.
 
 Writes  OUTPUT_DIR/faults.jsonl, a line for each trial, and the folder of each trial that failed; prints a table
@@ -27,9 +27,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the trials are what the tests make
 
-import trials
 from conftest import start_s3_server
 from slurm import start_cluster, why_not
+from trials import killed, poisoned, resized, signalled
+from trials_damage import DATA, damaged_checkpoint, damaged_data, damages, interrupted
+from trials_outside import can_mount, disk_full, packing_disk_full, requeued, s3_fault
+from world import TRAINERS, World, newest_of
 
 from lm.args import below, check, parse
 
@@ -71,30 +74,30 @@ FAULTS = {
 Trial = Callable[[random.Random, Path], dict[str, Any]]
 
 
-def damages_of_checkpoints(world: trials.World) -> Iterator[Trial]:
+def damages_of_checkpoints(world: World) -> Iterator[Trial]:
     """Every harm to every file of a checkpoint of every trainer."""
-    for trainer in trials.TRAINERS:
-        for name, harm in trials.damages(trials.newest_of(trials.interrupted(world, trainer))):
-            yield lambda _, folder, case=(trainer, name, harm): trials.damaged_checkpoint(world, *case, folder)
+    for trainer in TRAINERS:
+        for name, harm in damages(newest_of(interrupted(world, trainer))):
+            yield lambda _, folder, case=(trainer, name, harm): damaged_checkpoint(world, *case, folder)
 
 
-def damages_of_data(world: trials.World) -> Iterator[Trial]:
+def damages_of_data(world: World) -> Iterator[Trial]:
     """Every harm to every file that a run reads, with --verify_data and without."""
-    for kind, data in trials.DATA.items():
-        for name, harm in trials.damages(world.folder / data.folder):
+    for kind, data in DATA.items():
+        for name, harm in damages(world.folder / data.folder):
             for verify in (True, False):
-                yield lambda _, folder, case=(kind, name, harm, verify): trials.damaged_data(world, *case, folder)
+                yield lambda _, folder, case=(kind, name, harm, verify): damaged_data(world, *case, folder)
 
 
 @contextlib.contextmanager
-def trials_of(fault: str, world: trials.World) -> Iterator[list[Trial]]:
+def trials_of(fault: str, world: World) -> Iterator[list[Trial]]:
     """The trials of a fault, each of which is made once; of one function, as often as is asked for.
 
     Raises: RuntimeError if this machine cannot make them.
     """
-    simple = {"kill": trials.killed, "signal": trials.signalled, "resize": trials.resized, "nan": trials.poisoned}
-    simple |= {"disk": trials.disk_full, "shard": trials.packing_disk_full}
-    if fault in ("disk", "shard") and not trials.can_mount(world.folder):
+    simple = {"kill": killed, "signal": signalled, "resize": resized, "nan": poisoned}
+    simple |= {"disk": disk_full, "shard": packing_disk_full}
+    if fault in ("disk", "shard") and not can_mount(world.folder):
         raise RuntimeError("a small disk cannot be mounted, root is needed")
     if fault == "checkpoint":
         yield list(damages_of_checkpoints(world))
@@ -105,17 +108,17 @@ def trials_of(fault: str, world: trials.World) -> Iterator[list[Trial]]:
             import boto3
 
             os.environ.update(environment)
-            yield [functools.partial(trials.s3_fault, world, client=boto3.client("s3"))] * FAULTS[fault].trials
+            yield [functools.partial(s3_fault, world, client=boto3.client("s3"))] * FAULTS[fault].trials
     elif fault == "slurm":
         if reason := why_not():
             raise RuntimeError(reason)
         with start_cluster() as cluster:
-            yield [functools.partial(trials.requeued, world, cluster=cluster)] * FAULTS[fault].trials
+            yield [functools.partial(requeued, world, cluster=cluster)] * FAULTS[fault].trials
     else:
         yield [functools.partial(simple[fault], world)] * FAULTS[fault].trials
 
 
-def make(args: Args, fault: str, world: trials.World, record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def make(args: Args, fault: str, world: World, record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Make the trials of one fault; returns its line of the table."""
     failed, total, before = 0, 0, time.monotonic()
     with trials_of(fault, world) as made:
@@ -146,7 +149,7 @@ def main(args: Args) -> int:
     rows, left_out = [], []
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(args.output_dir / "faults.jsonl", "a", encoding="utf-8"))
-        world = trials.World(args.output_dir / f"world_{os.getpid()}")
+        world = World(args.output_dir / f"world_{os.getpid()}")
         stack.callback(shutil.rmtree, world.folder)
 
         def record(row: dict[str, Any]) -> None:

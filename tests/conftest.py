@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis.configuration import set_hypothesis_home_dir
 
+set_hypothesis_home_dir(Path(__file__).parents[1] / ".cache/hypothesis")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -16,19 +16,21 @@ def change_meta(folder: Path, change: Callable[[dict], Any], name: str = "meta.j
     write_sealed(folder / name, meta)
 
 
-def list_again(folder: Path, *names: str) -> None:
-    """Put size and SHA-256 of these files, as they are now, into meta.json."""
+def list_again(folder: Path, *names: str, within: str = "meta.json") -> None:
+    """Put size and SHA-256 of these files, as they are now, into meta.json or manifest.json."""
     sums = listed(folder, [folder / name for name in names])
 
     def change(meta: dict) -> None:
         for name in names:
             meta["files"][name] = meta["files"].get(name, {}) | sums[name]
 
-    change_meta(folder, change)
+    change_meta(folder, change, within)
 
 
 def flip(path: Path, at: int) -> None:
     """Flip one bit of the byte `at`."""
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(flipped(path.read_bytes(), at))
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 from packs import write_pack
 from text import SPLITS as PAPERS_OF
 from text import byte_level_bpe, write_store
@@ -34,7 +33,6 @@ from lm.shards import Pack
 from lm.splits import SETS, Splits, read_splits
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-set_hypothesis_home_dir(Path(__file__).parents[1] / ".cache/hypothesis")
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize="FUZZ_EXAMPLES" not in os.environ,
