@@ -29,7 +29,7 @@ class RunArgs:
     detect_anomaly: bool = False
     """Let autograd name the operation that made a NaN (several times slower)."""
     checkpoint_interval_steps: int = 500
-    """Optimizer steps between checkpoints: at most so many are repeated after a kill."""
+    """Optimizer steps between checkpoints: so many are repeated after a kill, and those made while the last one was written."""
     max_step_checkpoints: int = 3
     """Newest checkpoints that are kept."""
     ledger: bool = False
