@@ -235,6 +235,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         source = functools.partial(sources, data_step, session.progress.stage, plan, args, accelerator)
         result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
         if result is None:
+            session.end_rollback()
             loader = None  # the run went back to a checkpoint, and goes on with other data
             continue
         account(session.progress, args, result.outcomes, counts, accelerator)

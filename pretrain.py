@@ -203,6 +203,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         progress = session.progress  # another one if the run went back to a checkpoint
         progress.c4_block_idx, progress.mixin_idx = plan.mixed.drawn(progress.data_step * plan.effective_batch)
         if result is None:
+            session.end_rollback()
             continue
         step += 1
         ledger.write(step, data_step)

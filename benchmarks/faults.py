@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,18 +126,17 @@ def make(args: Args, fault: str, world: World, record: Callable[[dict[str, Any]]
         if args.trials is not None:
             made = random.Random(f"{args.seed} {fault}").sample(made, min(args.trials, len(made)))
         for number, trial in enumerate(tqdm(made, desc=fault, disable=None)):
-            folder, start = args.output_dir / f"{fault}_{number}", time.monotonic()
-            folder.mkdir()
+            folder, start = Path(tempfile.mkdtemp(prefix=f"{fault}_{number}_", dir=args.output_dir)), time.monotonic()
             row = {"fault": fault, "trial": number, "seed": args.seed}
             try:
                 detail = trial(random.Random(f"{args.seed} {fault} {number}"), folder / "run")
                 total += int(detail.get(FAULTS[fault].total, 0))
                 record(row | {"ok": True, **detail, "seconds": round(time.monotonic() - start, 2)})
                 shutil.rmtree(folder)
-            except (AssertionError, TimeoutError) as error:
+            except Exception as error:
                 failed += 1
-                print(f"{fault} {number} FAILED, see {folder}: {error!s:.2000}", flush=True)
-                record(row | {"ok": False, "error": str(error), "seconds": round(time.monotonic() - start, 2)})
+                print(f"{fault} {number} FAILED, see {folder}: {error!r:.2000}", flush=True)
+                record(row | {"ok": False, "error": repr(error), "seconds": round(time.monotonic() - start, 2)})
     about = f"{total} {FAULTS[fault].total.replace('_', ' ')}" if FAULTS[fault].total else ""
     minutes = (time.monotonic() - before) / 60
     return {"fault": FAULTS[fault].what, "trials": len(made), "failed": failed, "about": about, "minutes": minutes}

@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm.checks import list_faults
-from lm.files import listed, read_json, read_sealed, sha256, whole_folder, write_json, write_sealed
+from lm.checks import file_faults, list_faults
+from lm.files import listed, read_json, read_sealed, sync, whole_folder, write_json, write_sealed
 from lm.models import load_weights
 
 FORMAT = "checkpoint-2"
@@ -60,11 +60,8 @@ class Checkpoints:
         def publish(copies: dict[str, torch.Tensor]) -> None:
             path = self.folder / f"step_{step:08d}"
             if path.exists() and damage(path):
-                _set_aside(path, "damaged")  # for whoever wants to know what happened; a good one is replaced in one piece
+                set_aside(path, "damaged")  # for whoever wants to know what happened; a good one is replaced in one piece
             _write_folder(path, lambda folder: write(folder, copies))
-            _forget(path)
-            if fault := damage(path):
-                raise OSError(f"{path} reads back damaged ({fault})")
             self._prune()
 
         self._copy_and(publish, weights | moments)
@@ -146,12 +143,18 @@ class Checkpoints:
         self.wait()
         for path in self.paths():
             if _step_in_name(path) > step:
-                _set_aside(path, "damaged" if damage(path) else "left")
+                set_aside(path, "damaged" if damage(path) else "left")
+
+    def put_back(self) -> None:
+        """Give a checkpoint its name again that a kill caught while another of the same step took its place."""
+        for old in self.folder.glob(".step_*.old"):
+            if not (path := old.with_name(old.name[1:-4])).exists():
+                old.rename(path)
 
     def _prune(self) -> None:
         """Remove all but the newest `keep`; the newest was read back whole a moment ago, so a good one always stays."""
-        for gone in self.folder.glob(".step_*.gone"):  # left by a kill
-            shutil.rmtree(gone)
+        for left in self.folder.glob(".step_*"):  # by a kill
+            shutil.rmtree(left)
         for path in self.paths()[: -self.keep]:
             gone = path.with_name(f".{path.name}.gone")  # what is half removed must not stand under its name
             path.rename(gone)
@@ -178,17 +181,21 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder and read it back before it gets its name. Raises: OSError if it is not what was written."""
     with whole_folder(path) as folder:
         write(folder)
         write_sealed(folder / "manifest.json", {"format": FORMAT, "files": listed(folder, sorted(folder.iterdir()))})
+        for file in folder.iterdir():
+            sync(file)
+            _forget(file)
+        if fault := damage(folder):
+            raise OSError(f"{path} reads back damaged ({fault})")
 
 
 def _forget(path: Path) -> None:
-    """Take a folder's files, which are synced, out of the page cache: what is read next comes from the disk."""
-    if not hasattr(os, "posix_fadvise"):  # macOS
-        return
-    for name in path.iterdir():
-        with open(name, "rb") as file:
+    """Take a file, which is synced, out of the page cache: what is read next comes from the disk."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -196,8 +203,8 @@ def _step_in_name(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _set_aside(path: Path, why: str) -> None:
-    """Rename a checkpoint so that it is no longer taken for one, and nothing is lost."""
+def set_aside(path: Path, why: str) -> None:
+    """Rename a checkpoint or a model so that it is no longer taken for one, and nothing is lost."""
     number = 1
     while (aside := path.with_name(f"{path.name}.{why}_{number}")).exists():
         number += 1
@@ -217,16 +224,8 @@ def damage(path: Path) -> str | None:
         files = read_sealed(manifest, MADE_BY, FORMAT).get("files")
         if not isinstance(files, dict) or not files:
             return f"manifest.json names {files!r:.80}, files are needed"
-        if faults := list_faults("manifest.json", files):
+        if faults := list_faults("manifest.json", files) or file_faults(path, files):
             return faults[0]
-        for name, expected in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if (size := file.stat().st_size) != expected["size"]:
-                return f"{name} has {size} bytes, {expected['size']} were written"
-            if sha256(file) != expected["sha256"]:
-                return f"{name} has changed: its SHA-256 is not the one written"
         present = {file.name for file in path.iterdir() if not file.name.startswith(".")}
         if strange := sorted(present - files.keys() - {"manifest.json"}):
             return f"{strange[0]} is not in manifest.json, so it was not written with the rest: move it elsewhere"

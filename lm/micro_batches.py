@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lm.run import leave_signals_to_the_trainer
+from lm.run import signals_kept_from_children
 
 
 class MicroBatches(Sampler[range]):
@@ -30,16 +30,10 @@ class MicroBatches(Sampler[range]):
 
 def load(dataset: Dataset, micro_batches: MicroBatches, num_workers: int, accelerator: Accelerator) -> Iterator[Any]:
     """What `dataset.__getitems__` makes of each range of examples, without end, `num_workers` processes working ahead."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=micro_batches,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_trainer,
-        )
-    )
+    pin = accelerator.device.type == "cuda"
+    loader = DataLoader(dataset, batch_sampler=micro_batches, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin)
+    with signals_kept_from_children():
+        return iter(loader)
 
 
 def _as_it_is(micro_batch: Any) -> Any:

@@ -26,25 +26,32 @@ def find_checkpoint(run: Run, checkpoints: Checkpoints, resume_from: str) -> Pat
 
 def choose_checkpoint(checkpoints: Checkpoints, resume_from: str) -> Path | None:
     """The same in one process."""
+    checkpoints.put_back()
     if resume_from not in ("auto", "latest"):
         path = Path(resume_from)
         if not path.is_dir():
             raise FileNotFoundError(f"no checkpoint {path}: pass a step_* folder, or --resume_from latest")
         foreign = path.resolve().parent != checkpoints.folder.resolve()
-        if foreign and (own := checkpoints.newest_good()):
+        if foreign and (own := _newest_good(checkpoints)):
             return own  # another run's checkpoint is only where this one began
         if fault := damage(path):
             raise ValueError(f"{path} is damaged ({fault}): pass another, or --resume_from latest for the newest good one")
         if not (path / "state.json").exists():
             raise ValueError(f"{path} is a model without the state of its training: pass one of the step_* folders")
         return path
-    path = checkpoints.newest_good()
-    if path is None and checkpoints.paths():
-        raise FileNotFoundError(f"every checkpoint in {checkpoints.folder} is damaged: mend one, or pass another --output_dir")
+    path = _newest_good(checkpoints)
     if path is None and (final := checkpoints.folder.parent / "final").exists():
         raise FileNotFoundError(f"{final} is there but no checkpoint, a new start would replace it: pass another --output_dir")
     if path is None and resume_from == "latest":
         raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: leave out --resume_from to start the run")
+    return path
+
+
+def _newest_good(checkpoints: Checkpoints) -> Path | None:
+    """None if there are no checkpoints. Raises: FileNotFoundError if none of them is good."""
+    path = checkpoints.newest_good()
+    if path is None and checkpoints.paths():
+        raise FileNotFoundError(f"every checkpoint in {checkpoints.folder} is damaged: mend one, or pass another --output_dir")
     return path
 
 

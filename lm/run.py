@@ -5,6 +5,7 @@ RUN/events.jsonl   every start, resume, skipped update, rollback, stop and end, 
 RUN/logs/*.jsonl   the records (lm/runlog.py)
 """
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -32,16 +33,17 @@ from lm.files import write_json
 from lm.runlog import RunLog
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; the same command goes on from there
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "safetensors")
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any process stops all at the next step boundary; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any process stops all at the next step boundary; Ctrl-C twice, before it."""
 
     def __init__(self) -> None:
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
@@ -50,10 +52,17 @@ class StopSignal:
         self.received = number
 
 
-def leave_signals_to_the_trainer(_worker: int) -> None:
-    """For DataLoader workers: they end when the trainer ends them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def signals_kept_from_children() -> Iterator[None]:
+    """Processes that are started in here never get a stop signal: they end when the trainer ends them.
+
+    They inherit what is blocked here, from their first moment on; a signal to the trainer waits until the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,10 @@ def run_and_exit(main: Callable[[T], int], args: T) -> NoReturn:
         code = main(args)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print("the disk is full: make room, then run the same command again; it goes on from the newest good checkpoint")
         code = 1
     for loader in multiprocessing.active_children():
         loader.kill()

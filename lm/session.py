@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lm import draws
 from lm.args import RunArgs
-from lm.checkpoint import Checkpoints, load_checkpoint, read_fields
+from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields, set_aside
 from lm.files import read_json
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
 from lm.run import Run, main_decides
@@ -62,6 +62,7 @@ class Session:
         run.at_end.callback(self.checkpoints.close)
         self.progress, self.identity = progress, identity
         self.rollbacks: Counter[int] = Counter()
+        self._rolled_back: dict[str, Any] = {}  # what the event says of it
 
     def resume(self) -> None:
         """Go on from the checkpoint that the arguments name, or save the beginning as step 0.
@@ -72,7 +73,7 @@ class Session:
         if path is not None:
             refuse_another_run(path, read_fields(path / "state.json", {"identity": dict})["identity"], self.identity)
             self._restore(path)
-        self.run.log.cut_back(self.progress.step)
+        main_decides(self.accelerator, lambda: self.run.log.cut_back(self.progress.step))
         self.run.log.event(
             "resumed" if path else "started", step=self.progress.step, num_processes=self.accelerator.num_processes
         )
@@ -88,6 +89,8 @@ class Session:
         source: Callable[[], Any],
     ) -> StepResult | None:
         """One optimizer step, or None if it stayed non-finite and the run went back to its last checkpoint (`lm.recovery`).
+
+        After None the trainer calls `end_rollback`.
 
         Args:
             weight: what this process's losses weigh together.
@@ -138,6 +141,9 @@ class Session:
         self._finish_writing()
 
         def is_written() -> bool:
+            if final.exists() and (fault := damage(final)):
+                self.run.log.say(f"warning: {final} is damaged ({fault}): setting it aside, and writing it again")
+                set_aside(final, "damaged")
             return final.exists() and read_json(final / "about.json", "the training script") == about
 
         if main_decides(self.accelerator, is_written):
@@ -211,5 +217,14 @@ class Session:
                 f" the cause; lower --lr, or look at {self.run.folder}/problematic_batch.pt and events.jsonl"
             )
         self.progress.data_offset = bad + 1 - step
-        self.run.log.cut_back(step)
-        self.run.log.event("rolled_back", from_step=failed_at, to_step=step, data_steps_left_out=[first, bad])
+        main_decides(self.accelerator, lambda: self.run.log.cut_back(step))
+        self._rolled_back = {"from_step": failed_at, "to_step": step, "data_steps_left_out": [first, bad]}
+
+    def end_rollback(self) -> None:
+        """Write the checkpoint that the run went back to again, with what is left out, so that no kill brings that back.
+
+        For the trainer to call when `make_step` has returned None and what follows from the data step is put right.
+        """
+        self._save()
+        self._finish_writing()
+        self.run.log.event("rolled_back", **self._rolled_back)

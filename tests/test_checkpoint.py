@@ -25,6 +25,7 @@ from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields
 from lm.files import sha256, write_json, write_sealed
 from lm.models import build_model, load_model
 from lm.optim import adamw
+from lm.recovery import choose_checkpoint
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_damaged_ones_are_passed_over_and_kept_for_inspection(tmp_path, trained,
     (tmp_path / "step_00000002").mkdir()
     assert checkpoints.newest_good().name == "step_00000001"
     said = capsys.readouterr().out
-    assert "step_00000003 is damaged (model.safetensors has 0 bytes," in said
+    assert f"step_00000003 is damaged ({tmp_path}/step_00000003/model.safetensors has 0 bytes," in said
     assert "step_00000002 is damaged (no " in said
     saved(tmp_path, trained, [3])
     assert damage(tmp_path / "step_00000003") is None
@@ -141,12 +142,50 @@ def test_loading_leaves_no_moment_of_before(tmp_path, trained):
     assert not trained[1].state
 
 
-def test_a_write_that_reads_back_damaged_is_an_error(tmp_path, trained, monkeypatch):
-    monkeypatch.setattr("lm.checkpoint.damage", lambda path: "a disk that forgets")
-    checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(1, *trained, {})
+def test_a_write_that_reads_back_damaged_is_an_error_and_replaces_nothing(tmp_path, trained, monkeypatch):
+    checkpoints = saved(tmp_path, trained, [1])
+    checkpoints.save(1, *trained, {"note": "another"})
+    checkpoints.wait()
+    monkeypatch.setattr(
+        "lm.checkpoint.damage", lambda path: "a disk that forgets" if path.name.startswith(".") else damage(path)
+    )
+    checkpoints.save(1, *trained, {"note": "a third"})
     with pytest.raises(RuntimeError, match="reads back damaged .a disk that forgets."):
         checkpoints.wait()
+    assert json.loads((tmp_path / "step_00000001/state.json").read_text())["note"] == "another"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_checkpoint_that_was_being_replaced_when_the_run_was_killed_has_its_name_again(tmp_path, trained):
+    checkpoints = saved(tmp_path, trained, [1, 2])
+    (tmp_path / "step_00000002").rename(tmp_path / ".step_00000002.old")
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000001.old")
+    assert choose_checkpoint(checkpoints, "auto").name == "step_00000002"
+    assert json.loads((tmp_path / "step_00000002/state.json").read_text())["note"] == 2
+    assert json.loads((tmp_path / "step_00000001/state.json").read_text())["note"] == 1
+
+
+def test_what_a_kill_left_half_written_goes_when_the_next_one_is_whole(tmp_path, trained):
+    checkpoints = saved(tmp_path, trained, [1])
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000037.partial")
+    checkpoints.save(2, *trained, {})
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_a_link_out_of_a_checkpoint_is_damage(tmp_path, trained):
+    (path,) = saved(tmp_path / "run", trained, [1]).paths()
+    shutil.move(path / "model.safetensors", tmp_path / "elsewhere")
+    (path / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert f"{path}/model.safetensors is a link to {tmp_path}/elsewhere" in damage(path)
+
+
+def test_a_run_whose_own_checkpoints_are_all_damaged_does_not_begin_at_another_s_again(tmp_path, trained):
+    other, own = saved(tmp_path / "other", trained, [5]), saved(tmp_path / "own", trained, [1])
+    assert choose_checkpoint(own, str(other.paths()[0])).name == "step_00000001"
+    (own.paths()[0] / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="every checkpoint in .*own is damaged"):
+        choose_checkpoint(own, str(other.paths()[0]))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"format": "checkpoint-9", "files": {}}', b"null"])

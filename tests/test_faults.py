@@ -37,13 +37,13 @@ def needs_a_small_disk(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_been(trainer, processes, where, world, rng, folder):
-    killed(world, rng, folder, trainer, processes, where, most=3)
+    assert killed(world, rng, folder, trainer, processes, where, most=3)["kills"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_signal_stops_all_with_a_checkpoint_and_exit_code_75(trainer, processes, world, rng, folder):
-    assert signalled(world, rng, folder, trainer, processes)["sent"]
+    assert signalled(world, rng, folder, trainer, processes)["stops"]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -73,14 +73,19 @@ def test_damaged_data_is_named_before_the_first_step(kind, verify, world, rng, t
 @pytest.mark.parametrize("times", [1, 3])
 def test_what_is_not_finite_on_one_process_of_two_changes_nothing_on_either(times, where, trainer, world, rng, folder):
     """And the third time in a row both go back to the last checkpoint and leave out the stretch from there."""
-    assert poisoned(world, rng, folder, trainer, where, times)["rolled_back"] == (times == 3)
+    assert poisoned(world, rng, folder, trainer, where, times, then_killed=False)["rolled_back"] == (times == 3)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_a_rollback_leaves_out_stays_out_after_a_kill(trainer, world, rng, folder):
+    assert poisoned(world, rng, folder, trainer, times=3, then_killed=True)["then_killed"]
 
 
 @pytest.mark.usefixtures("needs_a_small_disk")
 @pytest.mark.parametrize("filled", [True, False])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(trainer, filled, world, rng, folder):
-    disk_full(world, rng, folder, trainer, filled)
+    assert disk_full(world, rng, folder, trainer, filled)["failed"]
 
 
 @pytest.mark.usefixtures("needs_a_small_disk")

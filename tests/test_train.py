@@ -7,15 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from damage import change_meta, list_again
+from damage import change_meta, flip, list_again
+from torch.utils.data import Dataset
 from training import ROOT, TINY, events, flags, kill, outcome, output, run, start, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from lm.args import parse
+from lm.micro_batches import MicroBatches, load
+from lm.run import STOP_SIGNALS
 from lm.runlog import records
 
 
@@ -122,6 +126,16 @@ def test_a_finished_run_is_not_touched_when_it_is_run_again(uninterrupted, paper
     assert outcome(folder) == before
 
 
+def test_a_final_model_that_was_damaged_is_set_aside_and_written_again(uninterrupted, tmp_path, in_process):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    flip(folder / "final/model.safetensors", 1000)
+    damaged = (folder / "final/model.safetensors").read_bytes()
+    assert in_process() == 0
+    assert outcome(folder) == outcome(uninterrupted)
+    assert (folder / "final.damaged_1/model.safetensors").read_bytes() == damaged
+
+
 def test_an_older_checkpoint_is_gone_on_from_and_newer_ones_are_left(uninterrupted, papers_dir, tmp_path, in_process):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -152,7 +166,7 @@ def test_a_longer_budget_continues_a_finished_run(uninterrupted, tmp_path, in_pr
 def test_a_checkpoint_that_was_asked_for_must_be_good_and_whole(uninterrupted, tmp_path, in_process):
     damaged = shutil.copytree(uninterrupted / "checkpoints" / "step_00000030", tmp_path / "step_00000030")
     (damaged / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="step_00000030 is damaged .model.safetensors has 0 bytes"):
+    with pytest.raises(ValueError, match="step_00000030 is damaged .*model.safetensors has 0 bytes"):
         in_process(resume_from=damaged)
     with pytest.raises(ValueError, match="final is a model without the state of its training"):
         in_process(resume_from=uninterrupted / "final")
@@ -308,6 +322,16 @@ def test_named_categories_take_the_place_of_those_the_seed_chooses(papers_dir):
 def test_workers_load_the_same_examples(in_process, uninterrupted, tmp_path):
     assert in_process(num_workers=2) == 0
     assert outcome(tmp_path / "run") == outcome(uninterrupted)
+
+
+def test_loader_processes_never_see_a_stop_signal_and_the_trainer_does():
+    class Blocked(Dataset):
+        def __getitems__(self, examples):
+            return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    assert next(load(Blocked(), MicroBatches(0, 1, 1, 0, 1), 1, accelerator)) == set(STOP_SIGNALS)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 def test_bf16_trains_with_float32_parameters(papers_dir, tmp_path):

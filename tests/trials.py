@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 from damage import list_again
 from training import events
 from world import TRAINERS, Detail, World, check_checkpoints, check_same, count_events, count_steps, newest_of, until, whole
@@ -25,6 +26,7 @@ from lm.mixed_rows import MixedRows
 from lm.run import EXIT_STOPPED
 
 LOSS_TOLERANCE = 1e-4  # relative, between runs on different numbers of processes: float addition in another order
+WEIGHT_TOLERANCE = 1e-2  # Adam makes much of the sign of a gradient that is nearly zero
 
 # SIGKILL
 
@@ -32,7 +34,7 @@ LOSS_TOLERANCE = 1e-4  # relative, between runs on different numbers of processe
 def killed(
     world: World, rng: random.Random, folder: Path, trainer: str = "", processes: int = 0, where: str = "", most: int = 12
 ) -> Detail:
-    """SIGKILL at a random moment, or in the midst of writing a checkpoint, `most` times or until the run is done."""
+    """SIGKILL at a random moment, or in the midst of writing a checkpoint, once to `most` times, until the run is done."""
     trainer, processes = trainer or rng.choice(TRAINERS), processes or rng.choice((1, 2))
     where = where or rng.choice(("anywhere", "in a checkpoint write"))
     expected = world.undisturbed(trainer, processes)
@@ -46,7 +48,10 @@ def killed(
                 time.sleep(rng.random() * 0.02)
         if kills == most or launch.ended():
             assert launch.wait() == [0] * processes, launch.said()
-            break
+            if kills:
+                break
+            shutil.rmtree(folder)  # it was faster
+            continue
         if processes == 2 and rng.random() < 0.5:  # one of them; then its launcher ends the other
             launch.send(signal.SIGKILL, rng.randrange(2))
             launch.send(signal.SIGTERM)
@@ -78,7 +83,9 @@ def signalled(world: World, rng: random.Random, folder: Path, trainer: str = "",
         launch = world.start(trainer, folder, processes)
         sessions = count_events(folder, "started", "resumed")
         assert until(lambda n=sessions: count_events(folder, "started", "resumed") > n, 60), launch.said()
-        until(launch.ended, rng.random() * expected.seconds * 0.8)
+        at = rng.randint(0, expected.result["ledger"].count("\n") - 1)
+        until(lambda running=launch, steps=at: count_steps(folder) >= steps or running.ended(), 60)
+        time.sleep(rng.random() * 0.03)
         number, target = rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)), rng.choice(("one", "all", "loaders too"))
         sent.append(f"{number.name} to {target}")
         if target == "loaders too":
@@ -126,7 +133,8 @@ def resized(world: World, rng: random.Random, folder: Path, trainer: str = "") -
             break
     found, same = whole(folder), expected.result
     assert found["ledger"] == same["ledger"], f"{folder}: other examples than one process has"
-    return {"trainer": trainer, "layouts": used, "loss_off": loss_off(found["train"], same["train"])}
+    off = {"loss_off": loss_off(found["train"], same["train"]), "weights_off": weights_off(folder, expected.folder)}
+    return {"trainer": trainer, "layouts": used, "resumes": len(used) - 1, **off}
 
 
 def loss_off(found: list[dict], expected: list[dict]) -> float:
@@ -134,6 +142,14 @@ def loss_off(found: list[dict], expected: list[dict]) -> float:
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     off = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected, strict=True))
     assert off < LOSS_TOLERANCE, f"losses differ by {off}"
+    return off
+
+
+def weights_off(folder: Path, other: Path) -> float:
+    """The largest difference of final weights, relative to the largest of a tensor; it must be within the tolerance."""
+    found, expected = (safetensors.torch.load_file(run / "final/model.safetensors") for run in (folder, other))
+    off = max(((found[name] - value).abs().max() / value.abs().max()).item() for name, value in expected.items())
+    assert off < WEIGHT_TOLERANCE, f"weights differ by {off}"
     return off
 
 
@@ -186,9 +202,21 @@ class Poison:
         lm.session.Session.make_step, lm.session.train_step = make_step, train_step
 
 
-def poisoned(world: World, rng: random.Random, folder: Path, trainer: str = "", where: str = "", times: int = 0) -> Detail:
-    """NaN or inf in the loss or a gradient of one process: up to twice nothing changes; three times, a stretch is left out."""
+def poisoned(
+    world: World,
+    rng: random.Random,
+    folder: Path,
+    trainer: str = "",
+    where: str = "",
+    times: int = 0,
+    then_killed: bool | None = None,
+) -> Detail:
+    """NaN or inf in the loss or a gradient of one process: up to twice nothing changes; three times, a stretch is left out.
+
+    Also if the run is killed as soon as it says so, and the fault does not come again.
+    """
     trainer, processes = trainer or rng.choice(TRAINERS), 2
+    then_killed = rng.random() < 0.5 if then_killed is None else then_killed
     expected = world.undisturbed(trainer, processes)
     steps = expected.result["ledger"].count("\n")
     poison = Poison(
@@ -199,6 +227,11 @@ def poisoned(world: World, rng: random.Random, folder: Path, trainer: str = "", 
         where=where or rng.choice(("loss", "gradient")),
     )
     launch = world.start(trainer, folder, processes, before=poison)
+    if then_killed and poison.times == 3:
+        until(lambda: count_events(folder, "rolled_back") or launch.ended(), 60)
+        launch.kill()
+        check_checkpoints(folder)
+        launch = world.start(trainer, folder, processes)
     assert launch.wait() == [0] * processes, launch.said()
     faults = [event for event in events(folder) if event["event"] == "not_finite"]
     assert [event["data_step"] for event in faults] == [poison.data_step] * poison.times, faults
@@ -215,7 +248,7 @@ def poisoned(world: World, rng: random.Random, folder: Path, trainer: str = "", 
         name = f"_without_{start}_{poison.data_step}"
         stepping_over = functools.partial(step_over, world, trainer, processes, start, poison.data_step + 1 - start)
         check_same(folder, world.undisturbed(trainer, processes, name, stepping_over).result)
-    return {"trainer": trainer, **poison.__dict__, "rolled_back": bool(back)}
+    return {"trainer": trainer, **poison.__dict__, "rolled_back": bool(back), "then_killed": then_killed and bool(back)}
 
 
 def step_over(world: World, trainer: str, processes: int, start: int, stretch: int, folder: Path) -> None:

@@ -25,7 +25,7 @@ from world import TRAINERS, Detail, World, check_checkpoints, check_same, conten
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
     """A disk of this size."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", folder], check=True)
     try:
         yield folder
@@ -45,12 +45,13 @@ def disk_full(world: World, rng: random.Random, folder: Path, trainer: str = "",
     trainer = trainer or rng.choice(TRAINERS)
     expected = world.undisturbed(trainer)
     filled = rng.random() < 0.5 if filled is None else filled
-    size = 64 if filled else rng.uniform(0.1, 6)
+    size = 64 if filled else 2 ** rng.uniform(-7, 2.6)  # 8 kB to 6 MB
     with small_disk(folder / "disk", size) as disk:
         run = disk / "run"
         launch = Launch(f"{trainer}.py", world.options(trainer) | {"output_dir": run}, folder / "out")
         if filled:
-            until(launch.ended, rng.random() * expected.seconds)
+            at = rng.randint(0, expected.result["ledger"].count("\n") - 8)
+            until(lambda: count_steps(run) >= at or launch.ended(), 60)
             fill(disk / "filler")
         code, said = launch.wait()[0], launch.said()
         check_checkpoints(run)

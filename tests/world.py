@@ -12,11 +12,13 @@ import graph_runs
 import packs
 from launch import Launch, arguments
 from text import byte_level_bpe, write_store
-from training import TINY, outcome
+from training import TINY
 
 import build_data_splits
 from lm.args import parse
 from lm.checkpoint import Checkpoints, damage
+from lm.files import sha256
+from lm.runlog import records
 
 TRAINERS = ("train", "pptrain", "pretrain")
 Detail = dict[str, Any]  # what a trial did, for the record
@@ -90,8 +92,11 @@ class World:
 
 
 def whole(folder: Path) -> dict[str, Any]:
-    """All of a finished run that must not depend on what happened to it, its ledger included."""
-    return outcome(folder) | {"ledger": (folder / "logs/ledger.jsonl").read_text()}
+    """All of a finished run that must not depend on what happened to it: its logs, its ledger, each file of its models."""
+    models = [path for model in (newest_of(folder), folder / "final", folder / "best") for path in model.glob("*")]
+    files = {str(path.relative_to(folder)): sha256(path) for path in models}
+    logs = {"train": records(folder, "train"), "eval": records(folder, "eval")}
+    return files | logs | {"ledger": (folder / "logs/ledger.jsonl").read_text()}
 
 
 def check_same(folder: Path, expected: dict[str, Any]) -> None:
