@@ -278,9 +278,9 @@ def test_the_newest_good_model_of_pre_pretraining_is_begun_with(scratch, here, t
     shutil.rmtree(run / "checkpoints/step_00000004")
     flip(run / "final/model.safetensors")
     assert began() == str(step)
-    assert f"warning: {run}/final is damaged (model.safetensors has changed" in capsys.readouterr().out
+    assert f"warning: {run}/final is damaged ({run}/final/model.safetensors has SHA-256" in capsys.readouterr().out
     with pytest.raises(
-        ValueError, match=r"final is damaged .*model.safetensors has changed.* pass another --pptrain_checkpoint"
+        ValueError, match=r"final is damaged .*model.safetensors has SHA-256.* pass another --pptrain_checkpoint"
     ):
         began(pptrain_checkpoint=run / "final")
     shutil.rmtree(run / "final")
