@@ -6,6 +6,8 @@ import secrets
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class RunLog:
 
         id_file = self.folder / "wandb_id"
         if not id_file.exists():
-            with whole_file(id_file) as partial:
+            with _writing(id_file), whole_file(id_file) as partial:
                 partial.write_text(secrets.token_hex(4))
         run_id = id_file.read_text()
         self._wandb = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config)
@@ -48,15 +50,21 @@ class RunLog:
         """Drop every record in logs/ after `step`, and half a line that a kill may have left.
 
         At step 0 none is kept: a run that evaluates before its first step does so again.
+
+        Raises: ValueError, before anything is cut, if a line is no record or the steps do not rise: a record up to `step`
+            might be among those that are dropped. RuntimeError if the disk refuses.
         """
         self._recent.clear()
         if self.main:
             for file in self._files.values():
                 file.close()
             self._files.clear()
-            for path in sorted((self.folder / "logs").glob("*.jsonl")):
-                _keep_until(path, step)
-            _keep_whole_lines(self.folder / "events.jsonl")
+            logs, events = sorted((self.folder / "logs").glob("*.jsonl")), self.folder / "events.jsonl"
+            kept = {path: _bytes_until(path, step) for path in logs}
+            if events.exists():
+                kept[events] = events.read_bytes().rfind(b"\n") + 1
+            for path, size in kept.items():
+                _cut(path, size)
             self._start_bar(step)
 
     def train(self, step: int, tokens: int, **values: Any) -> None:
@@ -103,8 +111,9 @@ class RunLog:
 
     def sync(self) -> None:
         """Make all records durable: called before a checkpoint, which must not be newer than the log."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        for name, file in self._files.items():
+            with _writing(self.folder / name):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """End the log; a run that goes on later opens it again."""
@@ -120,17 +129,12 @@ class RunLog:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         path = self.folder / name
-        try:
+        with _writing(path):
             if name not in self._files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
             self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
             self._files[name].flush()
-        except OSError as error:
-            raise RuntimeError(
-                f"cannot write {path} ({error}): make room or mend the disk, then run the same command again; it goes on from"
-                " the newest good checkpoint"
-            ) from error
 
     def _start_bar(self, step: int) -> None:
         if self._bar:
@@ -154,29 +158,56 @@ class RunLog:
             print(f"step {step}/{self.total_steps}  {values}{pace}", flush=True)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Cut the file off before the first record after `step`, in bounded memory: a ledger may have gigabytes."""
-    kept, within = 0, step > 0
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raises: RuntimeError that says what to do if the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write {path} ({error}): make room or mend the disk, then run the same command again; it goes on from"
+            " the newest good checkpoint"
+        ) from error
+
+
+def _bytes_until(path: Path, step: int) -> int:
+    """The bytes of the records up to `step`, read in bounded memory: a ledger may have gigabytes."""
+    kept, before = 0, -1
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                record_step = orjson.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                if not file.peek(1):  # a kill in the middle of a line
-                    break
-                raise ValueError(f"{path} line {number} is no record ({line!r:.80}): mend or remove that line") from None
-            within = within and record_step <= step
-            kept += len(line) if within else 0
-    with open(path, "r+b") as file:
-        file.truncate(kept)
+            found = _step_of(line)
+            if not line.endswith(b"\n") and (found is None or found > step or step == 0):
+                break  # a kill in the middle of it; not of a record up to `step`, which was durable before the checkpoint
+            if fault := _fault(line, found, before):
+                remedy = f"mend or remove the line that is wrong, or move {path.name} elsewhere to begin a new one"
+                raise ValueError(f"{path} line {number} {fault}: {remedy}")
+            kept, before = kept + (len(line) if found <= step else 0), found
+    return kept if step else 0
+
+
+def _fault(line: bytes, step: int | None, before: int) -> str | None:
+    """What is wrong with a line of a log in which the step before is `before`."""
+    if step is None:
+        return f"is no record ({line!r:.80}), an object with a step is needed"
+    if not line.endswith(b"\n"):
+        return f"has no end ({line!r:.80}), as if cut there"
+    return f"has step {step} after step {before}, steps must rise" if step <= before else None
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record, be it cut off somewhere after the step, or None if there is none."""
+    try:
+        step = orjson.loads(line if line.endswith(b"\n") else line[: line.index(b",")] + b"}")["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int and step >= 0 else None  # True is no step
+
+
+def _cut(path: Path, size: int) -> None:
+    """Cut a file off after `size` bytes, which a full disk allows too."""
+    with _writing(path), open(path, "r+b") as file:
+        file.truncate(size)
         os.fsync(file.fileno())
-
-
-def _keep_whole_lines(path: Path) -> None:
-    """Cut off half a line that a kill may have left at the end."""
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        with whole_file(path) as partial:
-            partial.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -1,13 +1,18 @@
 """Folders in S3: uploaded and downloaded with sizes and SHA-256 checked both ways, and no part ever taken for a whole.
 
 boto3 finds credentials, region and endpoint as always (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, ...). Each
-object carries its file's SHA-256 in its metadata; meta.json goes up last and comes down last.
+object carries its file's SHA-256 in its metadata; meta.json goes up last, and is written here last.
+
+No error repeats what boto3 or the server says, for that may hold credentials: only kinds, codes and the server's name.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -18,6 +23,7 @@ ATTEMPTS = 5  # of each request, with exponential back-off between them
 LAST = "meta.json"
 REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 ABSENT = ("404", "NoSuchKey", "NotFound")
+CODE = re.compile(r"[A-Z][A-Za-z]{1,40}|[0-9]{3}")  # of an error, as S3 lists them
 
 
 class S3Error(RuntimeError):
@@ -34,12 +40,15 @@ class S3Folder:
         import boto3  # here, so that a script which could use S3 but does not need not have it loaded
         from botocore.config import Config
 
-        attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
-        config = Config(retries={"mode": "standard", "total_max_attempts": attempts}, connect_timeout=10, read_timeout=60)
-        self.bucket, self.prefix = bucket, prefix.strip("/")
+        retries = {"mode": "standard", "total_max_attempts": _attempts()}
+        config = Config(retries=retries, connect_timeout=10, read_timeout=60)
+        self.bucket, self.prefix, self.server = bucket, prefix.strip("/"), ""
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         with self._clear(f"s3://{bucket}"):
-            self.client = boto3.Session().client("s3", config=config)
+            session = boto3.Session()
+            _check_credentials(session)
+            self.client = session.client("s3", config=config)
+            self.server = _host(self.client.meta.endpoint_url)
             self.client.head_bucket(Bucket=bucket)
 
     def upload(self, folder: Path | str, names: Iterable[str] | None = None) -> list[str]:
@@ -55,6 +64,10 @@ class S3Folder:
 
         Raises: S3Error if it is missing, as in an upload that did not end, or damaged.
         """
+        return self._meta()[0]
+
+    def _meta(self) -> tuple[dict, bytes]:
+        """The folder's meta.json, checked, and its bytes."""
         where, remedy = f"{self.url}/{LAST}", "upload the folder again"
         with self._clear(where):
             response = self.client.get_object(Bucket=self.bucket, Key=self._key(LAST))
@@ -65,19 +78,25 @@ class S3Folder:
             raise S3Error(str(error)) from None
         if faults := kind_faults(where, meta, {"files": dict}) or list_faults(where, meta["files"]):
             raise S3Error("; ".join(f"{fault}: {remedy}" for fault in faults))
-        return meta
+        return meta, body
 
     def download(self, folder: Path | str) -> list[str]:
-        """Fetch the files that meta.json names, then meta.json, each verified before it gets its name; return those fetched.
+        """Fetch the files that meta.json names, each verified before it gets its name, then write it; return those fetched.
 
-        Files that are there with the right size and SHA-256 are not fetched again.
+        Files that are there with the right size and SHA-256 are not fetched again. Nothing is written outside `folder`.
         """
-        folder, meta, fetched = Path(folder), self.read_meta(), []
+        folder, fetched = Path(folder), []
+        meta, body = self._meta()
+        for path in (folder / name for name in [*meta["files"], LAST]):
+            if not path.resolve().is_relative_to(folder.resolve()):
+                target = f"{path} is a link to {path.resolve()}"
+                raise S3Error(f"{target}, a file inside the folder is needed: remove the link, then run it again")
         for name, entry in meta["files"].items():
             if not _same(folder / name, entry["size"], entry["sha256"]):
                 self._download(folder / name, name, entry["size"], entry["sha256"])
                 fetched.append(name)
-        self._download(folder / LAST, LAST, *self._head(LAST))
+        with whole_file(folder / LAST) as partial:
+            partial.write_bytes(body)  # those that were checked: by now an upload may have replaced them
         return [*fetched, LAST]
 
     def _key(self, name: str) -> str:
@@ -108,31 +127,58 @@ class S3Folder:
 
     @contextmanager
     def _clear(self, where: str) -> Iterator[None]:
-        """Turn what boto3 raises into one S3Error that says what to do; it never holds a key or a secret."""
+        """Turn what boto3 raises into one S3Error that says what to do, and in a traceback hides what it came from."""
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-        from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+        from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 
         try:
             yield
+        except S3Error:
+            raise
         except (NoCredentialsError, PartialCredentialsError):
             raise S3Error(f"no credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (Boto3Error, ClientError) as error:  # upload_file wraps the ClientError
-            inner = error if isinstance(error, ClientError) else error.__context__
-            raise S3Error(self._say(where, inner if inner is not None else error)) from None
-        except (BotoCoreError, RetriesExceededError, S3DownloadFailedError, ConnectionError, ValueError) as error:
-            raise S3Error(self._say(where, error)) from None
+        except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, BotoCoreError | ConnectionError | TimeoutError):
+                raise  # of this machine's disk
+            inner = error.__context__ if isinstance(error, Boto3Error) else None  # upload_file wraps the ClientError
+            raise S3Error(self._say(where, inner or error)) from None
 
     def _say(self, where: str, error: BaseException) -> str:
-        """What the error means in words."""
-        code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code", "")
+        """What the error means in words of our own."""
+        code = str((getattr(error, "response", None) or {}).get("Error", {}).get("Code", ""))
         if code in REFUSED:
             return f"{where} refused ({code}): check the AWS credentials, and that they may read, write and list there"
         if code == "NoSuchBucket" or (code in ABSENT and where == f"s3://{self.bucket}"):
             return f"no bucket {self.bucket}: create it, or pass another --s3_bucket (AWS_ENDPOINT_URL names the server)"
         if code in ABSENT:
             return f"no {where}: upload it first, or pass another --s3_prefix"
-        return f"transfer of {where} broke off ({type(error).__name__}: {error}): check the network, then run it again"
+        kind = f"{type(error).__name__} {code if CODE.fullmatch(code) else ''}".strip() + self.server
+        return f"transfer of {where} broke off ({kind}): check the network and the AWS_* settings, then run it again"
+
+
+def _attempts() -> int:
+    """How often each request is made at most."""
+    found = os.environ.get("AWS_MAX_ATTEMPTS", str(ATTEMPTS))
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,3}\s*", found):
+        raise S3Error(f"AWS_MAX_ATTEMPTS is {found!r:.80}, a number of 1 to 9999 is needed: set it to one, or unset it")
+    return int(found)
+
+
+def _check_credentials(session: Any) -> None:
+    """Raises: S3Error, naming the variable, if a credential cannot stand in a request, as with the line break of a file."""
+    if (credentials := session.get_credentials()) is None:
+        return  # the first request says so
+    found = credentials.get_frozen_credentials()
+    names = {"AWS_ACCESS_KEY_ID": found.access_key, "AWS_SECRET_ACCESS_KEY": found.secret_key, "AWS_SESSION_TOKEN": found.token}
+    for name, value in names.items():
+        if value and (value != value.strip() or not (value.isascii() and value.isprintable())):
+            fault = "begins or ends with a blank or a line break, or holds what is not printable ASCII"
+            raise S3Error(f"{name} (boto3 has it from: {credentials.method}) {fault}: set it again without")
+
+
+def _host(url: str) -> str:
+    """The words ", server HOST:PORT", or none where a password may stand in the URL."""
+    return "" if "@" in url else f", server {urlsplit(url).netloc}"
 
 
 def _files(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from s3_proxy import CuttingProxy
+from trials_outside import can_mount, small_disk
 
 from lm.files import sha256, write_sealed
 from lm.s3 import S3Error, S3Folder
@@ -70,6 +71,42 @@ def test_only_files_that_differ_are_fetched(s3, small, tmp_path):
     assert content(tmp_path / "here") == content(small)
 
 
+def test_meta_that_is_written_is_the_one_whose_files_were_fetched(s3, small, tmp_path):
+    other = make_folder(tmp_path / "other", {"tokens.bin": 1000, "index.jsonl": 10}, seed=1)
+
+    class Overtaken(S3Folder):
+        """An upload ends while a download is at its last file."""
+
+        def _download(self, path, name, *facts):
+            super()._download(path, name, *facts)
+            if name == "index.jsonl":
+                self.upload(other)
+
+    remote = Overtaken(s3[1])
+    remote.upload(small)
+    remote.download(tmp_path / "here")
+    assert content(tmp_path / "here") == content(small)
+    remote.download(tmp_path / "here")
+    assert content(tmp_path / "here") == content(other)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "index.jsonl", "meta.json"])
+def test_nothing_is_written_through_a_link_out_of_the_folder(s3, tmp_path, name):
+    there = make_folder(tmp_path / "there", {"tokenizer/tokenizer.json": 10, "index.jsonl": 10})
+    S3Folder(s3[1]).upload(there)
+    (here := tmp_path / "here").mkdir()
+    (here / name).symlink_to(there / name)  # with the very bytes that are wanted
+    before = content(there)
+    with pytest.raises(S3Error, match=rf"here/{name}.* is a link to .*there/{name}.*: remove the link, then run it again"):
+        S3Folder(s3[1]).download(here)
+    assert content(there) == before
+    assert [path.name for path in here.iterdir()] == [name], "something was fetched"
+    (here / name).unlink()
+    tmp_path.joinpath("linked").symlink_to(here)  # the folder itself may be one
+    S3Folder(s3[1]).download(tmp_path / "linked")
+    assert content(here) == content(there)
+
+
 def test_upload_takes_every_file_but_leftovers_of_atomic_writes(s3, tmp_path):
     for name in ("run.json", "logs/train.jsonl", "best/.model.safetensors.partial", ".best.old/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -93,7 +130,7 @@ def test_download_cut_always_leaves_nothing_that_looks_whole(s3, folder, proxy, 
     S3Folder(s3[1]).upload(folder)
     remote = S3Folder(s3[1])
     cutting = proxy(1_000_000, 10**9)
-    with pytest.raises(S3Error, match=r"transfer of s3://.*/tokens.bin broke off .*: check the network, then run it again"):
+    with pytest.raises(S3Error, match=r"transfer of s3://.*/tokens.bin broke off .*: check the network and .*, then run it"):
         S3Folder(s3[1]).download(tmp_path / "here")
     assert content(tmp_path / "here") == {}
     assert cutting.made >= 3
@@ -112,8 +149,31 @@ def test_upload_cut_always_is_an_error_and_leaves_no_object(s3, folder, proxy):
 def test_server_gone_is_said(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    with pytest.raises(S3Error, match=r"transfer of s3://b1b broke off \(EndpointConnectionError.*http://127.0.0.1:9/"):
+    with pytest.raises(S3Error, match=r"transfer of s3://b1b broke off \(EndpointConnectionError, server 127.0.0.1:9\): check"):
         S3Folder("b1b")
+
+
+@pytest.mark.parametrize("attempts", ["x", "", "0", "-1", "1.5", "9" * 5000])
+def test_a_number_of_attempts_that_is_none_is_named(s3, monkeypatch, attempts):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
+    with pytest.raises(S3Error, match=rf"AWS_MAX_ATTEMPTS is '{attempts[:70]}.*, a number of 1 to 9999 is needed: set it"):
+        S3Folder(s3[1])
+
+
+@pytest.mark.parametrize("attempts", ["1", " 12\n", "9999"])
+def test_a_number_of_attempts_is_taken_with_the_line_break_of_a_file(s3, monkeypatch, attempts):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
+    assert S3Folder(s3[1]).client.meta.config.retries["total_max_attempts"] == int(attempts)
+
+
+def test_a_full_disk_is_not_taken_for_the_network(s3, folder, tmp_path):
+    if not can_mount(tmp_path):
+        pytest.skip("mounting a small disk needs root")
+    S3Folder(s3[1]).upload(folder)
+    with small_disk(tmp_path / "disk", 1) as disk:
+        with pytest.raises(OSError, match="No space left on device"):
+            S3Folder(s3[1]).download(disk / "here")
+        assert content(disk / "here") == {}
 
 
 def test_truncated_object_is_named(s3, small, tmp_path):
