@@ -8,7 +8,8 @@
 `ergodic` compares every mixture with the K = 1 runs on its categories, window by window (lm/excess.py says what can be
 expected of the difference). `pretrain` compares runs with the first one named at equal tokens of text (lm/token_savings.py
 says what is called saved, and when that means little); runs that differ in their seed alone are averaged. `ledger` names
-every step and row that is wrong (lm/exactly_once.py), or in which two runs differ first, and then exits with code 1.
+every step and row that is wrong (lm/exactly_once.py), or in which two runs differ first, and then exits with code 1. It draws a
+sample of the rows again (lm/redraw.py) if the data that run.json names are there.
 
 Reads   RUN/run.json, RUN/evaluation/CHECKPOINT_SPLIT.json and .npz of every run below the folder (evaluate_model.py context)
         RUN/{run.json, events.jsonl, logs/{train,eval}.jsonl, evaluation/*_search_*.json} of every run named (`curriculum`)
@@ -411,8 +412,8 @@ def ledger(args: OfLedger) -> int:
         found["comparison"] = compare_ledgers(args.run, args.other)
         print(comparison_in_words(str(args.run), found["comparison"]))
     write_json(args.run / "report/ledger.json", found)
-    differs = args.other and found["comparison"]["first_difference"]
-    return 0 if found["exactly_once"] and not differs else 1
+    compared = found.get("comparison", {"same_steps": 1, "first_difference": None})
+    return 0 if found["exactly_once"] and compared["same_steps"] and not compared["first_difference"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The ledger of a run: which examples formed each step, told by what made the rows and not counted beside them.
+"""The ledger of a run: which examples formed each step, and a digest of each row as it was made.
 
 RUN/logs/ledger.jsonl has a line for each finished step; its lists have an entry for each row of the step, in their order:
 
@@ -19,6 +19,8 @@ import numpy as np
 import orjson
 import torch
 
+from lm.checks import COUNT, kind_faults
+from lm.files import parse_json
 from lm.run import Run
 
 Columns = dict[str, np.ndarray]  # int64, an entry for each row; -1 is null
@@ -87,6 +89,28 @@ def lines(folder: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n"))
 
 
+def read_line(line: bytes, where: object, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """The record of a line: step, data step, and lists of one length, with `columns` these lists and no others.
+
+    Raises: ValueError beginning with `where` if it is none.
+    """
+    try:
+        record = orjson.loads(line)
+        if isinstance(record, dict) and line.count(b":") != len(record):  # a key twice, or a colon in a name
+            record = parse_json(line, "the line", "mend it")  # which costs five times as much
+    except ValueError as error:
+        raise ValueError(f"{where} is no record ({error}): {line[:60]!r}") from None
+    kinds = {"step": range(1, COUNT.stop), "data_step": COUNT}
+    own = record.keys() - kinds if isinstance(record, dict) else ()
+    if faults := kind_faults(where, record, kinds | dict.fromkeys(columns or own, list)):
+        raise ValueError(faults[0])
+    if columns and (more := own - set(columns)):
+        raise ValueError(f"{where} has {min(more)!r:.80}, {', '.join(columns)} are needed")
+    if len({len(record[name]) for name in own}) > 1:
+        raise ValueError(f"{where} is no record (the lists of step {record['step']} have different lengths): {line[:60]!r}")
+    return record
+
+
 def compare_ledgers(folder: Path, other: Path) -> dict[str, Any]:
     """The first step and row in which two runs did not train on the same, and in how many steps before it they did."""
     ours, theirs = (_from_step(run) for run in (folder, other))
@@ -109,6 +133,8 @@ def comparison_in_words(run: str, found: dict[str, Any]) -> str:
     """What `compare_ledgers` found."""
     first, other, since = found["first_difference"], found["other"], f" from step {found['from_step']:,} on"
     same = f"the same {found['same_steps']:,} steps{since}"
+    if not first and not found["same_steps"]:
+        return f"{run} and {other}: no step is in both ledgers, so nothing was compared: pass runs that recorded the same steps"
     if first:
         values = "; ".join(f"{name} {first[name]}" for name in ("run", "other"))
         return f"{run} and {other}: differ at step {first['step']}, row {first['row']} ({values}) after {same}"
@@ -118,9 +144,9 @@ def comparison_in_words(run: str, found: dict[str, Any]) -> str:
 def _from_step(folder: Path) -> Iterator[tuple[int, bytes]]:
     for number, line in lines(folder):
         try:
-            yield orjson.loads(line)["step"], line
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{folder}/logs/ledger.jsonl line {number} is no record ({line!r:.80})") from None
+            yield read_line(line, f"{folder}/logs/ledger.jsonl line {number}")["step"], line
+        except ValueError as error:
+            raise ValueError(f"{error}: mend or remove that line") from None
 
 
 def _difference(mine: tuple[int, bytes], its: tuple[int, bytes]) -> dict[str, Any] | None:

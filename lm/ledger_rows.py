@@ -2,12 +2,12 @@
 
 import bisect
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lm.files import read_json
+from lm.checks import COUNT
+from lm.history import History
 from lm.mixed_rows import Mixture
 
 NAMED = 10  # faults of a kind
@@ -67,7 +67,7 @@ class Passes:
             right = f"{numbers[index]} is next" if ordered else f"there are {limit}"
             self.faults.add(self.what, f"step {step} row {rows[index]} has {self.what} {items[index]}, {right}")
         rows, items = rows[~wrong], items[~wrong]
-        if self.seen[items].any() or len(np.unique(items)) < len(items):
+        if self.seen[items].any() or not (ordered or len(np.unique(items)) == len(items)):
             for row, item in zip(rows.tolist(), items.tolist(), strict=True):
                 if self.seen[item]:
                     text = f"step {step} row {row} has {self.what} {item} again in pass {self.current + 1}"
@@ -86,10 +86,12 @@ class Passes:
 class PaperRows:
     """Rows of train.py: with --sampling permutation every paper once an epoch."""
 
-    def __init__(self, _folder: Path, run: dict[str, Any], _log: list, faults: Faults):
+    columns = told_by = ("paper", "first_token")
+
+    def __init__(self, history: History, faults: Faults):
         self.codes: dict[str, int] = {}
-        permuted = run["args"]["sampling"] == "permutation"
-        self.papers = Passes("paper", run["derived"]["eligible_papers"], False, faults) if permuted else None
+        permuted = history.args["sampling"] == "permutation"
+        self.papers = Passes("paper", history.derived["eligible_papers"], False, faults) if permuted else None
 
     def take(self, step: int, values: dict[str, Any]) -> None:
         """One step, whose examples are the right ones."""
@@ -101,9 +103,12 @@ class PaperRows:
 class StageRows:
     """Rows of pptrain.py: all of a step are of the stage that its log has, and that never falls."""
 
-    def __init__(self, _folder: Path, _run: dict[str, Any], log: list[tuple[int, int]], faults: Faults):
-        self.log, self.faults = log, faults
+    columns, told_by = ("stage",), ("example",)
+
+    def __init__(self, history: History, faults: Faults):
+        self.log, self.faults = history.log, faults
         self.highest = 0
+        self.begins: list[tuple[int, int]] = []  # first example of each stage, and the stage
 
     def take(self, step: int, values: dict[str, Any]) -> None:
         """One step, whose examples are the right ones."""
@@ -115,17 +120,23 @@ class StageRows:
         if (stages != stages[0]).any() or stages[0] < self.highest:
             self.faults.add("stage", f"step {step} is of stages {sorted(set(stages.tolist()))} after stage {self.highest}")
         self.highest = max(self.highest, int(stages.max()))
+        if not self.begins or self.begins[-1][1] != stages[0]:
+            self.begins.append((int(values["example"][0]), int(stages[0])))
+
+    def stage_of(self, example: int) -> int:
+        """The stage of the steps around an example."""
+        return self.begins[max(bisect.bisect_right(self.begins, (example, COUNT.stop)) - 1, 0)][1]
 
 
 class TextRows:
     """Rows of pretrain.py: the draw says which are synthetic, and blocks and synthetic examples come once a pass each."""
 
-    def __init__(self, folder: Path, run: dict[str, Any], _log: list, faults: Faults):
-        self.faults, self.mixture = faults, Mixture(run["args"]["seed"], run["args"]["mixin_percent"])
-        states = sorted((folder / "checkpoints").glob("step_????????/state.json"))
-        pass_blocks = read_json(states[-1], "pretrain.py").get("pass_blocks") if states else None
-        self.blocks = Passes("block", pass_blocks, True, faults)
-        self.mixin = Passes("synthetic example", run["derived"]["mixin_rows"] or None, False, faults)
+    columns = told_by = ("block", "mixin")
+
+    def __init__(self, history: History, faults: Faults):
+        self.faults, self.mixture = faults, Mixture(history.args["seed"], history.args["mixin_percent"])
+        self.blocks = Passes("block", history.state.get("pass_blocks"), True, faults)
+        self.mixin = Passes("synthetic example", history.derived["mixin_rows"] or None, False, faults)
         self.next, self.before = -1, (0, 0)  # a sample, and how many blocks and synthetic examples come before it
 
     def take(self, step: int, values: dict[str, Any]) -> None:
@@ -150,6 +161,9 @@ def room(array: np.ndarray, length: int) -> np.ndarray:
     """The array, or a longer one of which `length` items can be used; new ones are zero."""
     if len(array) >= length:
         return array
-    longer = np.zeros(max(length, 2 * len(array)), array.dtype)
+    try:
+        longer = np.zeros(max(length, 2 * len(array)), array.dtype)
+    except MemoryError:
+        raise ValueError(f"{length} rows are said to be in the run, more than memory holds: see its log and events") from None
     longer[: len(array)] = array
     return longer

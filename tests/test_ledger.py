@@ -19,13 +19,15 @@ from training import TINY, events, flags, kill, output, run, start, wait_for_ste
 import pptrain
 import report
 import train
+from lm import exactly_once
 from lm.args import parse
-from lm.files import read_json
+from lm.files import listed, read_json, write_sealed
 from lm.heldout import encode_rows
 from lm.ledger import compare_ledgers
 from lm.micro_batches import MicroBatches
 from lm.mixed_rows import MixedRows
 from lm.papers import read_papers
+from lm.redraw import Sample
 from lm.session import Session
 from lm.shards import Pack
 from lm.splits import read_splits
@@ -89,12 +91,15 @@ def whole(papers_dir, tmp_path_factory):
 
 @pytest.fixture
 def edited(whole, tmp_path):
-    """A copy of that run whose ledger is made of these lines, which an edit changed."""
+    """A copy of that run whose ledger is made of these lines, which an edit changed.
 
-    def go(edit, source=whole):
+    Without checkpoints nothing says which data the rows are of, so that none is drawn again.
+    """
+
+    def go(edit, source=whole, checkpoints=False):
         folder = tmp_path / "edited"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(source, folder, ignore=None if checkpoints else shutil.ignore_patterns("checkpoints"))
         lines = ledger(folder)
         file(folder).write_text("".join(json.dumps(line) + "\n" for line in edit(lines) or lines))
         return folder
@@ -141,7 +146,10 @@ def test_without_the_flag_nothing_is_written_and_the_report_says_what_to_pass(pa
 
 def test_a_good_run_is_said_to_be_good(whole, capsys):
     code, written = found(whole)
-    assert capsys.readouterr().out == f"{whole}: steps 1 to 40, 480 rows: every example exactly once\n"
+    assert (
+        capsys.readouterr().out
+        == f"{whole}: steps 1 to 40, 480 rows: every example exactly once; 480 rows drawn again from seed and data\n"
+    )
     assert code == 0
     assert written == {
         "run": str(whole),
@@ -151,6 +159,7 @@ def test_a_good_run_is_said_to_be_good(whole, capsys):
         "effective_batch": 12,
         "rows": 480,
         "data_steps_stepped_over": [],
+        "drawn_again": {"rows": 480, "why_no_more": None},
         "exactly_once": True,
         "faults": {},
     }
@@ -163,10 +172,20 @@ def test_a_ledger_that_begins_or_ends_within_the_run_is_checked_as_far_as_it_goe
     assert faults(folder) == {}
     assert "begins at step 6, --ledger was not given before: checked from there" in capsys.readouterr().out
     train_here(folder, papers_dir, ledger=False, token_budget=12 * few)
-    assert faults(folder) == {"step missing": ["no line for steps 11 to 12: the run has come to step 12"]}
+    unrecorded = "the session that went on after step 10 had no --ledger, or its lines are lost"
+    assert faults(folder) == {"not recorded": [f"steps 11 to 12: {unrecorded}"]}
+    train_here(folder, papers_dir, token_budget=14 * few)
+    assert faults(folder) == {"not recorded": [f"steps 11 to 12: {unrecorded}"]}
+    lines = file(folder).read_text().splitlines(keepends=True)
+    for lost, first, last in ((4, 10, 12), (5, 11, 13)):  # what is lost beside it is not excused
+        file(folder).write_text("".join(lines[:lost] + lines[lost + 1 :]))
+        assert faults(folder) == {
+            "example left out": [f"examples {12 * (first - 1)} to {12 * last - 1} never came"],
+            "step missing": [f"no line for steps {first} to {last}"],
+        }
 
 
-def edit_of(step: int, **changes):
+def edit_of(step: int, /, **changes):
     """An edit that sets a row, or all, of a column of one step."""
 
     def edit(lines):
@@ -239,6 +258,192 @@ def test_every_fault_is_named(edit, named, edited):
     assert found == named
 
 
+ELEVEN = range(72, 83)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", True),
+        ("step", "7"),
+        ("step", 0),
+        ("data_step", 6.0),
+        ("data_step", -1),
+        ("example", [*ELEVEN, 83.0]),
+        ("example", [*ELEVEN, 2**63]),
+        ("example", [*ELEVEN, True]),
+        ("example", [*ELEVEN, None]),
+        ("example", [[index] for index in range(72, 84)]),
+        ("example", None),
+        ("paper", [["train_1"]] * 12),
+        ("paper", "train_1 to 3"),
+        ("first_token", [0] * 11 + [-1]),
+        ("first_token", [0] * 11 + [2**48]),
+        ("digest", ["0" * 15 + "1"] * 10 + ["1" * 14, "1" * 18]),
+        ("digest", ["0" * 15 + "g"] * 12),
+        ("digest", ["0" * 15 + " "] * 12),
+        ("more", [0] * 12),
+    ],
+)
+def test_a_value_that_cannot_be_makes_a_line_no_record(name, value, edited):
+    named = faults(edited(edit_of(7, **{name: value})))
+    assert named.pop("no record")[0].startswith("line 7 ")
+    assert named == {"example left out": ["examples 72 to 83 never came"], "step missing": ["no line for step 7"]}
+
+
+def test_a_key_twice_in_a_line_makes_it_no_record(edited):
+    folder = edited(lambda lines: lines)
+    file(folder).write_text(file(folder).read_text().replace('"data_step": 6,', '"data_step": 6, "data_step": 6,'))
+    assert faults(folder)["no record"][0].startswith("line 7 is no record (the line is not JSON (key 'data_step' twice")
+
+
+def test_a_step_far_beyond_the_run_is_named_and_takes_no_memory(edited):
+    named = faults(edited(edit_of(40, step=2**40, data_step=2**40 - 1)))
+    assert named == {
+        "far step": [f"step {2**40} (line 40) is far beyond step 40, to which the run has come"],
+        "step missing": ["no line for step 40: the run has come to step 40"],
+    }
+
+
+def put(folder: Path, name: str, change) -> None:
+    path = folder / name
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def more(name: str, line: dict):
+    """A change of a folder: one more line in a file."""
+
+    def change(folder):
+        with open(folder / name, "a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+    return change
+
+
+def rolled_back(*stretch, step: int = 9) -> dict:
+    return {"event": "rolled_back", "from_step": step, "to_step": 5, "data_steps_left_out": list(stretch)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: put(folder, "run.json", lambda _: []), r"run.json is \[\], an object is needed: pass another"),
+        (lambda folder: put(folder, "run.json", lambda _: {}), "run.json has args None, dict is needed"),
+        (lambda folder: put(folder, "run.json", lambda run: run | {"derived": {}}), "has effective_batch None, int is"),
+        (
+            lambda folder: put(folder, "run.json", lambda run: run | {"derived": {"effective_batch": 0}}),
+            "effective_batch 0, 1 to",
+        ),
+        (lambda folder: put(folder, "run.json", lambda run: run | {"args": {"K": 1}}), "run.json args has seed None, int is"),
+        (lambda folder: put(folder, "run.json", lambda run: run | {"args": {}}), "is a run of .*, one of train.py, pptrain.py"),
+        (more("events.jsonl", {"event": "rolled_back"}), "events.jsonl line 3 has from_step None, int is needed: mend"),
+        (
+            more("events.jsonl", rolled_back(0, 10**12)),
+            "line 3 leaves out data steps .*, the first and last of a",
+        ),
+        (more("events.jsonl", rolled_back("a", 7)), r"line 3 leaves out data steps \['a', 7\]"),
+        (more("events.jsonl", rolled_back(5)), r"line 3 leaves out data steps \[5\]"),
+        (more("events.jsonl", {"event": "resumed", "step": None}), "events.jsonl line 3 has step None, int is needed"),
+        (more("logs/train.jsonl", {"step": 2**50}), r"train.jsonl line 41 has step 1125899906842624, 0 to \d+ is needed"),
+    ],
+)
+def test_what_stands_beside_the_ledger_is_checked_before_it_is_believed(change, said, edited):
+    folder = edited(lambda lines: lines)
+    change(folder)
+    with pytest.raises(ValueError, match=said):
+        report.main(["ledger", str(folder)])
+
+
+def swapped(values: list) -> list:
+    return [values[1], values[0], *values[2:]]
+
+
+def test_rows_that_are_not_those_of_the_data_are_named(whole, edited, papers_dir):
+    lines = ledger(whole)
+    folder = edited(edit_of(7, digest=swapped(lines[6]["digest"])), checkpoints=True)
+    one, other = lines[6]["digest"][:2]
+    assert faults(folder) == {
+        "other row": [
+            f"step 7 row 0 has digest {other}, not {one}, which seed and data give",
+            f"step 7 row 1 has digest {one}, not {other}, which seed and data give",
+        ]
+    }
+    before = {name: lines[5][name] for name in ("paper", "first_token", "digest")}
+    folder = edited(edit_of(7, **before), checkpoints=True)
+    assert found(folder)[1]["faults"]["other row"]["count"] == 12
+    lines[6]["first_token"][0] = 10**9
+    named = faults(edited(edit_of(7, first_token=(0, 10**9)), checkpoints=True))["other row"]
+    assert named[0].startswith("step 7 row 0 has first_token 1000000000, not ")
+
+
+def test_without_the_data_it_is_said_that_no_row_was_drawn_again(edited, papers_dir, tmp_path, capsys):
+    folder = edited(lambda lines: lines, checkpoints=True)
+    put(folder, "run.json", lambda run: run | {"args": run["args"] | {"data_dir": str(tmp_path / "gone")}})
+    code, written = found(folder)
+    assert (code, written["drawn_again"]["rows"]) == (0, 0)
+    assert (
+        f"exactly once; 0 rows drawn again from seed and data and no more: no {tmp_path}/gone/meta.json"
+        in capsys.readouterr().out
+    )
+    other = shutil.copytree(papers_dir, tmp_path / "gone")
+    meta = read_json(other / "meta.json", "fetch_arxiv.py")
+    (other / "splits.json").write_text((other / "splits.json").read_text() + "\n")
+    meta["files"] |= listed(other, [other / "splits.json"])
+    del meta["sha256"]
+    write_sealed(other / "meta.json", meta)
+    assert found(folder)[1]["drawn_again"] == {"rows": 0, "why_no_more": "data of the run were others than are there now"}
+
+
+def test_a_step_whose_rows_all_have_one_digest_is_named_without_the_data(edited):
+    named = faults(edited(edit_of(7, digest=["0" * 15 + "1"] * 12)))
+    assert named == {"digest again": ["all rows of step 7 have the digest of the first, and are others"]}
+
+
+def test_of_many_rows_a_thousand_or_two_are_drawn_again_evenly_from_all_places(capsys):
+    sample, size, rows = Sample(), 512, 200_000
+    for step in range(rows // size):
+        examples = np.arange(step * size, step * size + size)
+        sample.take(step, {"example": examples})
+    drawn = np.array([int(said["example"]) for *_, said in sample.rows])
+    assert 1000 <= len(drawn) <= 2000
+    assert np.diff(drawn).max() < 2.7 * rows / len(drawn)
+    assert np.histogram(drawn % size, 8)[0].min() > len(drawn) / 8 * 0.9
+
+
+@pytest.mark.parametrize("event", ["resumed", "rolled_back"])
+def test_a_run_that_goes_back_while_its_ledger_is_read_is_looked_at_again(event, edited, monkeypatch):
+    folder = edited(lambda lines: lines)
+    read, looks = exactly_once.lines, []
+
+    def cut_before_it_is_read(run):
+        looks.append(run)
+        if len(looks) == 1:
+            for name in ("ledger", "train"):
+                path = folder / f"logs/{name}.jsonl"
+                path.write_text("".join(path.read_text().splitlines(keepends=True)[:35]))
+        if len(looks) == 2:  # the records are cut back at once, the event follows
+            more("events.jsonl", {"event": "resumed", "step": 35} if event == "resumed" else rolled_back(38, 39, step=40))(
+                folder
+            )
+        yield from read(run)
+
+    monkeypatch.setattr(exactly_once, "lines", cut_before_it_is_read)
+    assert faults(folder) == {}
+    assert len(looks) == 3
+
+
+def test_a_run_that_never_stands_still_is_said_to(edited, monkeypatch):
+    folder, read = edited(lambda lines: lines), exactly_once.lines
+
+    def resumed(run):
+        more("events.jsonl", {"event": "resumed", "step": 40})(folder)
+        yield from read(run)
+
+    monkeypatch.setattr(exactly_once, "lines", resumed)
+    with pytest.raises(RuntimeError, match="went back or on 5 times while its ledger was read: check it again in a while"):
+        report.main(["ledger", str(folder)])
+
+
 def test_the_same_row_with_other_token_ids_differs_from_another_run(whole, edited, capsys):
     other = edited(edit_of(7, digest=(3, "00000000000000ff")))
     code, written = found(whole, other)
@@ -250,6 +455,37 @@ def test_the_same_row_with_other_token_ids_differs_from_another_run(whole, edite
         {"other": str(other), "from_step": 1, "same_steps": 6, "goes_on": None, "first_difference": first},
     )
     assert "differ at step 7, row 3 (run {'example': 75, " in capsys.readouterr().out
+
+
+def test_runs_that_have_no_step_in_common_are_not_said_to_be_the_same(whole, edited, capsys):
+    for lines in ([], ledger(whole)[20:]):
+        part = edited(lambda _, lines=lines: lines or [{}])
+        if not lines:
+            file(part).write_text("")
+        other = shutil.copytree(part, part.with_name("other"), dirs_exist_ok=True)
+        first = edited(lambda lines: lines[:20])
+        (first / "logs/train.jsonl").unlink()
+        code, written = found(first, other)
+        assert (code, written["exactly_once"], written["comparison"]["same_steps"]) == (1, True, 0)
+        assert "no step is in both ledgers, so nothing was compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda line: line.replace('"step": 3', '"step": "a"'), "has step 'a', int is needed"),
+        (lambda line: line.replace('"step": 3', '"step": 3, "step": 3'), "key 'step' twice in an object"),
+        (lambda line: line.replace("[24, ", "["), "the lists of step 3 have different lengths"),
+        (lambda line: "[]\n", r"is \[\], an object is needed"),
+        (lambda line: "{]\n", "is no record"),
+    ],
+)
+def test_a_line_of_the_other_run_that_is_no_record_is_named(change, said, whole, edited):
+    folder = edited(lambda lines: lines)
+    lines = file(folder).read_text().splitlines(keepends=True)
+    file(folder).write_text("".join([*lines[:2], change(lines[2]), *lines[3:]]))
+    with pytest.raises(ValueError, match=f"ledger.jsonl line 3 .*{said}.*: mend or remove that line"):
+        compare_ledgers(whole, folder)
 
 
 def test_two_runs_that_saw_the_same_are_said_to_as_far_as_both_go(whole, edited, capsys):
@@ -371,6 +607,10 @@ def test_a_curriculum_names_stage_and_example_and_hashes_the_ids_however_they_ar
         rows = {"example": list(range(12 * step - 12, 12 * step)), "stage": [examples.stage] * 12, "digest": digests}
         assert line == {"step": step, "data_step": step - 1, **rows}
     assert faults(folder) == faults(split) == {}
+    assert found(folder)[1]["drawn_again"] == {"rows": 216, "why_no_more": None}
+    lines[3]["digest"] = swapped(lines[3]["digest"])
+    file(folder).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [text[:23] for text in faults(folder)["other row"]] == [f"step 4 row {row} has digest" for row in (0, 1)]
     lines[4]["stage"][7] = 1
     file(folder).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert faults(folder)["stage"] == [
@@ -440,6 +680,12 @@ def test_a_pretraining_names_blocks_and_examples_into_the_next_pass_and_hashes_t
     assert faults(text_run) == {}
 
 
+def test_rows_of_text_that_are_not_those_of_the_data_are_named(text_run, edited):
+    assert found(text_run)[1]["drawn_again"] == {"rows": 72, "why_no_more": None}
+    folder = edited(edit_of(2, digest=swapped(ledger(text_run)[1]["digest"])), text_run, checkpoints=True)
+    assert [text[:23] for text in faults(folder)["other row"]] == [f"step 2 row {row} has digest" for row in (0, 1)]
+
+
 def place(folder: Path, of: str, number: int) -> tuple[int, int]:
     """Step and row of the `number`-th row that has a block, or a synthetic example."""
     where = [(line["step"], row) for line in ledger(folder) for row, value in enumerate(line[of]) if value is not None]
@@ -472,5 +718,5 @@ def test_a_wrong_block_or_synthetic_example_is_seen(text_run, scratch, edited):
 
 def test_the_second_pass_is_known_before_a_checkpoint_tells_of_it(text_run, edited):
     folder = edited(lambda lines: lines, text_run)
-    shutil.rmtree(folder / "checkpoints")
+    assert not (folder / "checkpoints").exists()
     assert faults(folder) == {}
