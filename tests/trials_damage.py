@@ -17,7 +17,7 @@ def harms(size: int) -> list[str]:
     if not size:
         return ["missing"]
     flips = [f"flip {at}" for at in sorted({0, size // 3, size // 2, size - 1})]
-    cuts = [f"cut to {kept}" for kept in sorted({0, size // 2, size - 1})]
+    cuts = [f"cut to {kept}" for kept in sorted({0, size // 2, size - 2})]  # a last newline says nothing
     return ["missing", *flips, *cuts, "longer"]
 
 
