@@ -7,4 +7,4 @@ source scripts/setup.sh
 ruff check .
 ruff format --check .
 # Each file on one of the workers, so that its fixtures (trained runs, servers) are made once.
-python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations 10 "$@"
