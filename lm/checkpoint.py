@@ -15,14 +15,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import safetensors.torch
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm.checks import file_faults, list_faults
+from lm.checks import COUNT, Kinds, file_faults, kind_faults, list_faults
 from lm.files import listed, read_json, read_sealed, sync, whole_folder, write_json, write_sealed
 from lm.models import load_weights
 
@@ -234,43 +233,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def read_fields(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """These fields of a JSON object, such as state.json, each of the kind given for it.
-
-    Args:
-        kinds: as a dataclass annotates its fields: bool, int, float, str, dict, list[...], dict[str, ...], ... | None. An int
-            is a count, so from 0 on.
+def read_fields(file: Path, kinds: Kinds) -> dict[str, Any]:
+    """These fields of a JSON object, such as state.json, each of its kind; an int is a count.
 
     Raises: FileNotFoundError if there is no such file; ValueError naming it and each field that is missing or of another kind.
     """
     values = read_json(file, MADE_BY)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is {values!r:.80}, an object is needed: pass another checkpoint")
-    found = [f"no {name}" for name in kinds if name not in values]
-    wrong = [name for name, kind in kinds.items() if name in values and not _fits(values[name], kind)]
-    found += [f"{name} is {values[name]!r:.80}, {_called(kinds[name])} is needed" for name in wrong]
-    if found:
-        raise ValueError(f"{file} is not what this trainer wrote ({'; '.join(found)}): pass another checkpoint")
+    counted = {name: COUNT if kind is int else kind for name, kind in kinds.items()}
+    if faults := kind_faults(file, values, counted):
+        raise ValueError(f"{'; '.join(faults)}: pass another checkpoint")
     return {name: values[name] for name in kinds}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return any(_fits(value, one) for one in inner)
-    if origin is list:
-        return type(value) is list and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return type(value) is dict and all(_fits(item, inner[1]) for item in value.values())
-    if kind is float:
-        return type(value) is float or (type(value) is int and abs(value) < 2**63)
-    if kind is int:
-        return type(value) is int and 0 <= value < 2**63  # type, as isinstance takes True for 1
-    return type(value) is kind
-
-
-def _called(kind: Any) -> str:
-    return "a whole number from 0 on" if kind is int else kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
@@ -302,7 +274,8 @@ def _read_moments(file: Path, parameters: dict[str, torch.nn.Parameter]) -> dict
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition("/")
         moments.setdefault(name, {})[moment] = tensor
-    if not _fits(without, list[str]) or moments.keys() | set(without) != parameters.keys() or moments.keys() & set(without):
+    named = set(map(str, without)) if isinstance(without, list) else None
+    if named is None or moments.keys() | named != parameters.keys() or moments.keys() & named:
         faults = [f"those of {', '.join(sorted(moments.keys() ^ parameters.keys())[:3])}"]
     else:
         faults = [fault for name, own in moments.items() for fault in _unfit(name, own, parameters[name])]

@@ -1,15 +1,17 @@
 """Whether what a file says of itself is so: kinds and ranges of its values, and the names, sizes and checksums of its files."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from lm.files import outside, sha256
 
 COUNT = range(2**48)  # of tokens, bytes, rows: what is more is damaged, and less than this can be added up and multiplied
 FILE = {"size": COUNT, "sha256": str}
 
-Kinds = dict[str, type | range]  # a range is of integers
+# Types, ranges of integers, and annotations as list[bool] or int | None, in which an int is a count.
+Kinds = Mapping[str, Any]
 
 
 def refuse(faults: Iterable[str], made_by: str) -> None:
@@ -23,18 +25,31 @@ def kind_faults(where: object, found: Any, kinds: Kinds) -> list[str]:
     if not isinstance(found, dict):
         return [f"{where} is {found!r:.80}, an object is needed"]
     return [
-        f"{where} has {key} {found.get(key)!r:.80}, {needed} is needed"
+        f"{where} has {key} {found.get(key)!r:.80}, {_needed(found.get(key), kind)} is needed"
         for key, kind in kinds.items()
-        if (needed := _needed(found.get(key), kind))
+        if key not in found or not _fits(found[key], kind)
     ]
 
 
-def _needed(value: Any, kind: type | range) -> str | None:
-    """What is needed instead of `value`, if it is not of the kind."""
-    needed = int if isinstance(kind, range) else kind
-    if type(value) is not needed:  # bool is no int here
-        return needed.__name__
-    return f"{kind.start} to {kind.stop - 1}" if isinstance(kind, range) and value not in kind else None
+def _needed(value: Any, kind: Any) -> str:
+    """What is needed instead of a value that is not of the kind."""
+    if isinstance(kind, range):
+        return f"{kind.start} to {kind.stop - 1}" if type(value) is int else "int"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, range):
+        return type(value) is int and value in kind  # type, as isinstance takes True for 1
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if isinstance(kind, type):
+        return type(value) is kind
+    origin, inner = get_origin(kind), [COUNT if one is int else one for one in get_args(kind)]
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    items = value.values() if type(value) is dict else value
+    return type(value) is origin and all(_fits(item, inner[-1]) for item in items)
 
 
 def count_faults(where: object, found: dict[str, Any]) -> list[str]:

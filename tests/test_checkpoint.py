@@ -468,18 +468,18 @@ def test_a_state_that_is_none_is_refused_naming_file_and_field(stopped):
     go, path = stopped
     state = json.loads((path / "state.json").read_text())
     for change, fault in [
-        ({"step": "2"}, "step is '2', a whole number from 0 on is needed"),
-        ({"step": True}, "step is True, a whole number from 0 on is needed"),
-        ({"step": -1}, "step is -1, a whole number"),
-        ({"step": 2.0}, "step is 2.0, a whole number"),
-        ({"step": 2**63}, f"step is {2**63}, a whole number"),
-        ({"data_offset": None}, "data_offset is None, a whole number"),
-        ({"val_losses": {}}, "val_losses is {}, list[float] is needed"),
-        ({"val_losses": ["1"]}, "val_losses is ['1'], list[float] is needed"),
-        ({"loss_scale": 3}, "loss_scale is 3, dict[str, float] | None is needed"),
+        ({"step": "2"}, "state.json has step '2', int is needed"),
+        ({"step": True}, "has step True, int is needed"),
+        ({"step": -1}, f"has step -1, 0 to {2**48 - 1} is needed"),
+        ({"step": 2.0}, "has step 2.0, int is needed"),
+        ({"step": 2**63}, f"has step {2**63}, 0 to {2**48 - 1} is needed"),
+        ({"data_offset": None}, "has data_offset None, int is needed"),
+        ({"val_losses": {}}, "has val_losses {}, list[float] is needed"),
+        ({"val_losses": ["1"]}, "has val_losses ['1'], list[float] is needed"),
+        ({"loss_scale": 3}, "has loss_scale 3, dict[str, float] | None is needed"),
         ({"loss_scale": {}}, "loss_scale {}, of another --precision"),
-        ({"identity": []}, "identity is [], dict is needed"),
-        (dict.fromkeys(state), "identity is None, dict is needed"),
+        ({"identity": []}, "has identity [], dict is needed"),
+        (dict.fromkeys(state), "has identity None, dict is needed"),
     ]:
         write_json(path / "state.json", state | change)
         reseal(path)
@@ -488,8 +488,8 @@ def test_a_state_that_is_none_is_refused_naming_file_and_field(stopped):
         assert fault in str(raised.value)
     for content, fault in [
         ([], "is [], an object is needed"),
-        ({}, "no identity"),
-        ({"identity": state["identity"]}, "no step"),
+        ({}, "has identity None"),
+        ({"identity": state["identity"]}, "has step None"),
     ]:
         write_json(path / "state.json", content)
         reseal(path)
