@@ -168,7 +168,7 @@ def s3_fault(world: World, rng: random.Random, folder: Path, client: Any, fault:
                 assert client.get_object(Bucket=bucket, Key=key)["Body"].read() == path.read_bytes()
     for key in names:
         client.delete_object(Bucket=bucket, Key=key)
-    return {"fault": fault, "direction": direction, "limit": limit, "cuts": proxy.made}
+    return {"kind": fault, "direction": direction, "limit": limit, "cuts": proxy.made}
 
 
 def stored_papers(world: World) -> Path:
@@ -233,4 +233,4 @@ def requeued(world: World, rng: random.Random, folder: Path, cluster: Cluster) -
     found = cluster.job(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), said()
     check_same(run, expected.result)
-    return {"trainer": trainer, "fault": fault, "at": at}
+    return {"trainer": trainer, "kind": fault, "at": at}
