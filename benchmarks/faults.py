@@ -12,6 +12,7 @@ Writes  OUTPUT_DIR/faults.jsonl, a line for each trial, and the folder of each t
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from conftest import start_s3_server
 from slurm import start_cluster, why_not
 from trials import killed, poisoned, resized, signalled
 from trials_damage import DATA, damaged_checkpoint, damaged_data, damages, interrupted
-from trials_outside import can_mount, disk_full, packing_disk_full, requeued, s3_fault
+from trials_outside import S3_FAULTS, SLURM_FAULTS, can_mount, disk_full, packing_disk_full, requeued, s3_fault
 from world import TRAINERS, World, newest_of
 
 from lm.args import below, check, parse
@@ -90,6 +91,11 @@ def damages_of_data(world: World) -> Iterator[Trial]:
                 yield lambda _, folder, case=(kind, name, harm, verify): damaged_data(world, *case, folder)
 
 
+def in_turn(trial: Trial, faults: tuple[str, ...], count: int) -> list[Trial]:
+    """So many trials, of each fault in turn."""
+    return [functools.partial(trial, fault=fault) for fault in itertools.islice(itertools.cycle(faults), count)]
+
+
 @contextlib.contextmanager
 def trials_of(fault: str, world: World) -> Iterator[list[Trial]]:
     """The trials of a fault, each of which is made once; of one function, as often as is asked for.
@@ -109,12 +115,12 @@ def trials_of(fault: str, world: World) -> Iterator[list[Trial]]:
             import boto3
 
             os.environ.update(environment)
-            yield [functools.partial(s3_fault, world, client=boto3.client("s3"))] * FAULTS[fault].trials
+            yield in_turn(functools.partial(s3_fault, world, client=boto3.client("s3")), S3_FAULTS, FAULTS[fault].trials)
     elif fault == "slurm":
         if reason := why_not():
             raise RuntimeError(reason)
         with start_cluster() as cluster:
-            yield [functools.partial(requeued, world, cluster=cluster)] * FAULTS[fault].trials
+            yield in_turn(functools.partial(requeued, world, cluster=cluster), SLURM_FAULTS, FAULTS[fault].trials)
     else:
         yield [functools.partial(simple[fault], world)] * FAULTS[fault].trials
 

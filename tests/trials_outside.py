@@ -123,12 +123,11 @@ def shards_of(pack: Path) -> dict[str, bytes]:
 S3_FAULTS = ("cut once", "cut always", "server gone", "altered bytes")
 
 
-def s3_fault(world: World, rng: random.Random, folder: Path, client: Any, fault: str = "") -> Detail:
+def s3_fault(world: World, rng: random.Random, folder: Path, client: Any, fault: str) -> Detail:
     """A connection cut once or always, a server gone, altered bytes: tried again, then said; no part taken for the whole."""
     store, bucket = stored_papers(world), f"trial-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
     server = os.environ["AWS_ENDPOINT_URL"]
-    fault = fault or rng.choice(S3_FAULTS)
     direction = "down" if fault == "altered bytes" else rng.choice(("up", "down"))
     if direction == "down":
         code, said = transfer(world, folder / "sent", bucket, folder / "out", server, upload_to_s3=True)
@@ -203,9 +202,12 @@ def transfer(world: World, folder: Path, bucket: str, out: Path, url: str, **cha
 # SLURM
 
 
-def requeued(world: World, rng: random.Random, folder: Path, cluster: Cluster) -> Detail:
+SLURM_FAULTS = ("USR1 before the limit", "scontrol requeue", "node killed")
+
+
+def requeued(world: World, rng: random.Random, folder: Path, cluster: Cluster, fault: str) -> Detail:
     """A job told that its time is up, put back by hand, or killed outright with its node, ends as if nothing had been."""
-    trainer, fault = rng.choice(TRAINERS[1:]), rng.choice(("USR1 before the limit", "scontrol requeue", "node killed"))
+    trainer = rng.choice(TRAINERS[1:])
     folder.mkdir(parents=True)
     run = folder / "run"
     options = arguments(**world.options(trainer) | {"output_dir": run})
