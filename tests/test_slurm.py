@@ -244,7 +244,14 @@ def test_an_array_packs_what_one_process_packs_though_a_task_is_preempted(cluste
     sbatch = ("sbatch", "--parsable", "--cpus-per-task=1", f"--output={tmp_path}/%x-%j.out")
     job = cluster.ask(*sbatch, "--array=0-1", *script)
     join = cluster.ask(*sbatch, f"--dependency=afterok:{job}", *script, "--join")
-    wait_until(lambda: f"{job}_1.0 " in cluster.ask("squeue", "--steps", "--noheader", "--format=%i "), 30, said)
+
+    def task_1_runs() -> bool:  # its process, not only its step: to one that has none yet a signal is lost
+        lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+        return any(
+            line[1:4] == ["build_pretrain.py", "--task", "1"] and str(tmp_path / "array") in "".join(line) for line in lines
+        )
+
+    wait_until(task_1_runs, 30, said)
     cluster.ask("scancel", "--signal=TERM", f"{job}_1")
     build_pretrain.main(parse(build_pretrain.Args, flags(**one, num_workers=1)))
     assert wait_for_state(join, "COMPLETED", "FAILED", "CANCELLED") == (0, "0:0"), said()
