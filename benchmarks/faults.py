@@ -1,6 +1,6 @@
 """What does a run survive? Kills, signals, damage, poison, full disks, broken networks and preemption, tried many times.
 
-    python -m benchmarks.faults                                   # all of it: two hours on two cores
+    python -m benchmarks.faults                                   # all of it: an hour and a half on two cores
     python -m benchmarks.faults --faults kill nan --trials 20     # some of it
 
 Every trial starts real processes of the real scripts on real files, harms them, lets them go on, and compares what they end
