@@ -127,11 +127,13 @@ class Cluster:
         """SIGKILL slurmd and everything that it started, and let the controller take note of it at once."""
         lost = {psutil.Process(self.daemons.pop(name).pid)}
         for process in self.processes():
-            if any(environment(child).get("SLURMD_NODENAME") == name for child in process.children()):
-                lost |= {process, *process.children(recursive=True)}
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                if any(environment(child).get("SLURMD_NODENAME") == name for child in process.children()):
+                    lost |= {process, *process.children(recursive=True)}
         for number in (signal.SIGSTOP, signal.SIGKILL):  # nobody is left for a moment to tell of the others' end
             for process in lost:
-                process.send_signal(number)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
         self.ask("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=failed")
 
     def processes(self) -> list[psutil.Process]:
