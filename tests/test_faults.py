@@ -65,7 +65,7 @@ def test_damaged_data_is_named_before_the_first_step(kind, verify, world, rng, t
     harms = damages(world.folder / DATA[kind].folder)
     for number, name in enumerate(sorted({name for name, _ in harms})):
         harm = rng.choice([harm for file, harm in harms if file == name])
-        damaged_data(world, kind, name, harm, verify, tmp_path / str(number))
+        assert damaged_data(world, kind, name, harm, verify, tmp_path / str(number))["refused"] or not verify
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -99,4 +99,5 @@ def test_an_s3_transfer_is_whole_or_said_to_have_failed(fault, world, rng, folde
 
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    s3_fault(world, rng, folder, boto3.client("s3"), fault)
+    found = s3_fault(world, rng, folder, boto3.client("s3"), fault)
+    assert (found["cuts"] > 0) == fault.startswith("cut"), "what was asked for struck"
