@@ -23,7 +23,7 @@ import torch
 from lm.args import RunArgs, parse
 from lm.loss import cross_entropy_sum
 from lm.models import build_model, num_parameters
-from lm.optim import adamw
+from lm.optim import make_optimizer
 from lm.run import open_run, start_accelerator
 from lm.session import Progress, Session
 
@@ -74,13 +74,20 @@ def measure(args: Args, folder: Path) -> dict:
     torch.manual_seed(0)
     model = build_model(args.model, 50_304, args.seq_len)
     run_args = RunArgs(
-        output_dir=str(folder), precision=args.precision, checkpoint_interval_steps=2**40, max_step_checkpoints=1
+        output_dir=str(folder), precision=args.precision, checkpoint_interval_steps=2**40, max_step_checkpoints=1, dirty=True
     )
     ids = torch.randint(50_304, (args.rows, args.seq_len + 1)).to(accelerator.device)
     times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
     with open_run(run_args, {"total_steps": None}, accelerator) as run:
         session = Session(
-            run_args, run, model, adamw(model, 1e-4, (0.9, 0.95), 1e-8, 0.1), next_token_loss, ids, Progress(), {}
+            run_args,
+            run,
+            model,
+            make_optimizer("adamw", model, 1e-4, (0.9, 0.95), 1e-8, 0.1),
+            next_token_loss,
+            ids,
+            Progress(),
+            {},
         )
         session.resume()
         session.checkpoints.wait()

@@ -19,7 +19,7 @@ import torch
 from benchmarks.synthetic_generation import TOKENIZERS
 from lm.loss import packed_loss
 from lm.models import build_model
-from lm.optim import adamw
+from lm.optim import make_optimizer
 from lm.packing import Batch, attention_reach, pack
 from lm.tokenizer import load_tokenizer
 from synthetic import SyntheticExamples, Task
@@ -83,7 +83,7 @@ def main() -> None:
     tokenizer = load_tokenizer(next(folder for folder in TOKENIZERS if folder.is_dir()))
     torch.manual_seed(0)
     model = build_model("pythia-14m", len(tokenizer), SEQ_LEN)
-    optimizer = adamw(model, 5e-4, (0.9, 0.999), 1e-6, 0.1)
+    optimizer = make_optimizer("adamw", model, 5e-4, (0.9, 0.999), 1e-6, 0.1)
     print("stage  tokens  rows x targets, packed  packed (s)  padded (s)  ratio  padded to seq_len (s)  ratio")
     for stage in STAGES:
         row = compare(stage, model, optimizer, tokenizer)

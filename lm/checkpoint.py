@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lm.checks import COUNT, Kinds, file_faults, kind_faults, list_faults
 from lm.files import listed, read_json, read_sealed, sync, whole_folder, write_json, write_sealed
 from lm.models import load_weights
+from lm.optim import Moments, group_of, moments_of, needed_moments, put_moments
 
 FORMAT = "checkpoint-2"
 MADE_BY = "the training script"
 MAX_MANIFEST_BYTES = 2**20  # of a file that names a dozen others
-MOMENTS = {"exp_avg", "exp_avg_sq", "step"}  # of AdamW (lm/optim.py)
 
 
 class Checkpoints:
@@ -175,7 +175,7 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return {
         f"{name}/{moment}": value
         for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
+        for moment, value in moments_of(optimizer, parameter).items()
     }
 
 
@@ -248,21 +248,20 @@ def read_fields(file: Path, kinds: Kinds) -> dict[str, Any]:
 def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and moments back, bit for bit. The caller has made sure that `path` is good.
 
-    Raises: ValueError, naming file and tensor, if they are not those of this model; the model may have changed then, and the
-        optimizer has not.
+    Raises: ValueError, naming file and tensor, if they are not those of this model and optimizer; the model may have changed
+        then, and the optimizer has not.
     """
-    moments = _read_moments(path / "optimizer.safetensors", dict(model.named_parameters()))
+    parameters, groups = dict(model.named_parameters()), group_of(optimizer)
+    moments = _read_moments(path / "optimizer.safetensors", parameters, groups)
     load_weights(path, model)
     optimizer.state.clear()
-    for name, parameter in model.named_parameters():
-        if own := moments.get(name):
-            optimizer.state[parameter] = {
-                moment: value if value.ndim == 0 and not _on_device(optimizer) else value.to(parameter.device)
-                for moment, value in own.items()
-            }
+    for name, own in moments.items():
+        put_moments(optimizer, groups[parameters[name]], parameters[name], own)
 
 
-def _read_moments(file: Path, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, torch.Tensor]]:
+def _read_moments(
+    file: Path, parameters: dict[str, torch.nn.Parameter], groups: dict[torch.nn.Parameter, dict[str, Any]]
+) -> dict[str, dict[str, torch.Tensor]]:
     """The moments of each parameter that has any."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
@@ -278,24 +277,22 @@ def _read_moments(file: Path, parameters: dict[str, torch.nn.Parameter]) -> dict
     if named is None or moments.keys() | named != parameters.keys() or moments.keys() & named:
         faults = [f"those of {', '.join(sorted(moments.keys() ^ parameters.keys())[:3])}"]
     else:
-        faults = [fault for name, own in moments.items() for fault in _unfit(name, own, parameters[name])]
+        faults = [
+            fault
+            for name, own in moments.items()
+            for fault in _unfit(name, own, needed_moments(groups[parameters[name]], parameters[name]))
+        ]
     if faults:
         raise ValueError(f"{file} does not fit the model ({'; '.join(faults[:3])}): pass another checkpoint")
     return moments
 
 
-def _unfit(name: str, moments: dict[str, torch.Tensor], parameter: torch.nn.Parameter) -> list[str]:
+def _unfit(name: str, moments: dict[str, torch.Tensor], needed: Moments) -> list[str]:
     """What is wrong with the moments of one parameter."""
-    if moments.keys() != MOMENTS:
-        return [f"{name} has the moments {', '.join(sorted(moments))}, {', '.join(sorted(MOMENTS))} are needed"]
-    needed = {moment: () if moment == "step" else tuple(parameter.shape) for moment in MOMENTS}
+    if moments.keys() != needed.keys():
+        return [f"{name} has the moments {', '.join(sorted(moments))}, {', '.join(sorted(needed))} are needed"]
     return [
-        f"{name}/{moment} has shape {tuple(value.shape)} and {value.dtype}, {needed[moment]} and torch.float32 are needed"
+        f"{name}/{moment} has shape {tuple(value.shape)} and {value.dtype}, {' and '.join(map(str, needed[moment]))} are needed"
         for moment, value in moments.items()
-        if (tuple(value.shape), value.dtype) != (needed[moment], torch.float32)
+        if (tuple(value.shape), value.dtype) != needed[moment]
     ]
-
-
-def _on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer counts its steps on the device, as fused and capturable ones do."""
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -13,10 +13,12 @@ import pptrain
 from lm.args import parse
 from lm.checkpoint import Checkpoints
 from lm.files import write_sealed
+from lm.optim import make_optimizer
 
 TOY = "toy_generator:ToyGenerator"
 STAGES = 6
 SETTINGS = {  # a look every three steps at the last 30 examples, of which nearly all must be right
+    "dirty": True,
     "model": "neox-64x2",
     "precision": "fp32",
     "seq_len": 512,
@@ -83,7 +85,7 @@ def write_split(folder: Path, rows: list[dict], split: str = "test") -> Path:
 def write_run(folder: Path, data: Path, model, tokenizer: Path | str = "", **args) -> Path:
     """A run folder as pptrain.py leaves it, with this model as the final one, and as the checkpoint of step 40."""
     checkpoints = Checkpoints(folder / "checkpoints", keep=3)
-    checkpoints.save(40, model, pptrain.adamw(model, 1e-3, (0.9, 0.999), 1e-8, 0.0), {})
+    checkpoints.save(40, model, make_optimizer("adamw", model, 1e-3, (0.9, 0.999), 1e-8, 0.0), {})
     checkpoints.save_model(folder / "final", model, byte_level_bpe(), {"step": 50})
     checkpoints.wait()
     args = {"data_dir": str(data), "tokenizer": str(tokenizer), "seq_len": 512, "curr_threshold": 0.98} | args

@@ -24,7 +24,7 @@ from lm.beginning import find_beginning
 from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields
 from lm.files import sha256, write_json, write_sealed
 from lm.models import build_model, load_model
-from lm.optim import adamw
+from lm.optim import make_optimizer
 from lm.recovery import choose_checkpoint
 
 
@@ -33,7 +33,7 @@ def trained():
     """A model and optimizer after two updates."""
     torch.manual_seed(0)
     model = build_model("neox-64x2", 50, 16)
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
+    optimizer = make_optimizer("adamw", model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
     for _ in range(2):
         update(model, optimizer)
     return model, optimizer
@@ -57,7 +57,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path, trained):
     (path,) = saved(tmp_path, trained, [2]).paths()
     torch.manual_seed(9)
     model = build_model("neox-64x2", 50, 16)
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
+    optimizer = make_optimizer("adamw", model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
     load_checkpoint(path, model, optimizer)
     assert read_fields(path / "state.json", {"step": int, "note": int}) == {"step": 2, "note": 2}
     for _ in range(2):  # and what is computed from it
@@ -82,7 +82,7 @@ def test_saving_copies_the_state_before_it_returns(tmp_path, trained):
 
 def test_a_checkpoint_before_the_first_update_has_no_moments(tmp_path):
     model = build_model("neox-64x2", 50, 16)
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
+    optimizer = make_optimizer("adamw", model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
     (path,) = saved(tmp_path, (model, optimizer), [0]).paths()
     load_checkpoint(path, model, optimizer)
     assert not optimizer.state
@@ -137,7 +137,7 @@ def test_a_good_one_stays_however_many_newer_are_damaged(tmp_path, trained):
 
 def test_loading_leaves_no_moment_of_before(tmp_path, trained):
     model = build_model("neox-64x2", 50, 16)
-    (path,) = saved(tmp_path, (model, adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)), [0]).paths()
+    (path,) = saved(tmp_path, (model, make_optimizer("adamw", model, 1e-3, (0.9, 0.95), 1e-6, 0.01)), [0]).paths()
     load_checkpoint(path, *trained)
     assert not trained[1].state
 
@@ -256,7 +256,7 @@ def test_memory_of_a_copy_is_used_again_when_its_write_is_done_and_not_before(tm
 def test_a_smaller_model_after_a_larger_one_does_not_take_its_memory(tmp_path, trained):
     checkpoints = saved(tmp_path, trained, [1])
     small = build_model("neox-64x2", 40, 16)
-    checkpoints.save(2, small, adamw(small, 1e-3, (0.9, 0.95), 1e-6, 0.01), {})
+    checkpoints.save(2, small, make_optimizer("adamw", small, 1e-3, (0.9, 0.95), 1e-6, 0.01), {})
     checkpoints.wait()
     written = load_model(checkpoints.paths()[-1]).state_dict()
     assert {name: tensor.shape for name, tensor in written.items()} == {
@@ -440,7 +440,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, trained):
     (path,) = saved(tmp_path, trained, [1]).paths()
     other = build_model("neox-64x2", 51, 16)
     with pytest.raises(ValueError, match="does not fit the model"):
-        load_checkpoint(path, other, adamw(other, 1e-3, (0.9, 0.95), 1e-6, 0.01))
+        load_checkpoint(path, other, make_optimizer("adamw", other, 1e-3, (0.9, 0.95), 1e-6, 0.01))
 
 
 def test_moments_that_a_parameter_never_had_are_not_asked_for(tmp_path, trained):
@@ -541,7 +541,7 @@ def good(tmp_path_factory):
         "recent": [True],
         "identity": {"initial_weights": "b"},
     }
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
+    optimizer = make_optimizer("adamw", model, 1e-3, (0.9, 0.95), 1e-6, 0.01)
     return saved(tmp_path_factory.mktemp("good"), (model, optimizer), [3], state=state).paths()[0]
 
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from lm.loss import cross_entropy_sum
-from lm.optim import adamw
+from lm.optim import make_optimizer
 from lm.step import plan_batch, train_step
 
 
@@ -35,7 +35,7 @@ def batch(count, seed=0):
 
 def ready():
     accelerator, model = Accelerator(cpu=True), Line()
-    return accelerator, model, accelerator.prepare(adamw(model, 0.1, (0.9, 0.95), 1e-6, 0.01))
+    return accelerator, model, accelerator.prepare(make_optimizer("adamw", model, 0.1, (0.9, 0.95), 1e-6, 0.01))
 
 
 def step(kit, batches, max_grad_norm=math.inf, lr=0.1, weight=None):
@@ -81,7 +81,7 @@ def test_the_gradient_is_of_the_mean_loss_and_clipped_to_the_norm_that_is_report
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
     clipped = torch.cat([p.grad.flatten() for p in reference.parameters()]).norm()
     before = torch.cat([p.detach().flatten() for p in reference.parameters()]).norm()
-    optimizer = adamw(reference, 0.1, (0.9, 0.95), 1e-6, 0.01)
+    optimizer = make_optimizer("adamw", reference, 0.1, (0.9, 0.95), 1e-6, 0.01)
     optimizer.step()
     result = step(kit, [(x[:5], target[:5]), (x[5:], target[5:])], max_grad_norm=0.05)
     assert result.applied
@@ -141,7 +141,7 @@ def with_loss_scale(scale, monkeypatch):
     accelerator, model = Accelerator(cpu=True), Line()
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
-    optimizer = accelerator.prepare(adamw(model, 0.1, (0.9, 0.95), 1e-6, 0.01))
+    optimizer = accelerator.prepare(make_optimizer("adamw", model, 0.1, (0.9, 0.95), 1e-6, 0.01))
     optimizer.scaler = accelerator.scaler
     return accelerator, model, optimizer
 
