@@ -24,7 +24,7 @@ CATEGORIES=(chemistry microbiology oncology surgery) # those with the most text
 title() { printf '\n== %s\n' "$1"; }
 
 title "real text: PubMed abstracts in eleven categories, and the GPT-NeoX tokenizer"
-python fetch_samples.py --output_dir "$SAMPLES"
+python fetch_samples.py --output_dir "$SAMPLES" --parts tokenizer_neox pubmed
 
 S=$OUT/graphs
 title "graph search: held-out examples, and a vocabulary of 1,024 for its words and those of the abstracts"
@@ -67,7 +67,7 @@ train_and_measure() { # name, categories
     title "K = $# ($*): train, then measure loss against context and test perplexity"
     python train.py --K $# --categories "$@" --category_weighting equal --data_dir "$OUT/data" --output_dir "$run" \
         --model neox-128x2 --token_budget "$TOKEN_BUDGET" --effective_batch 16 --micro_batch 16 --weight_decay 0.1 \
-        --lr 6e-3 --lr_schedule cosine --warmup_steps 50 --steps_per_eval_epoch 150 --eval_windows 512
+        --lr 6e-3 --schedule cosine --warmup_steps 50 --steps_per_eval_epoch 150 --eval_windows 512
     python evaluate_model.py context "$run" --checkpoint best --num_windows 2048
 }
 
