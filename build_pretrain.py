@@ -25,6 +25,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from lm.args import below, check, parse
+from lm.characters import character_tokenizer, preparation
 from lm.corpus import File, digest, find_files, hub_files, read_manifest
 from lm.documents import Reading, cut
 from lm.files import listed, locked
@@ -33,7 +34,7 @@ from lm.paper_writer import refuse_other
 from lm.papers import DTYPES
 from lm.piece_packer import Job, PiecePacker
 from lm.records import TextUnit
-from lm.shards import Pack, read_state
+from lm.shards import Pack, read_state, stride, tokens_for
 from lm.sources import disk_full
 from lm.workers import CONTEXT
 
@@ -74,11 +75,14 @@ class Args:
     """Leave out, and count, what is no document: damaged files, lines that are not JSON, texts that are not strings."""
 
     tokenizer: str = "EleutherAI/pythia-160m"
-    """A folder with tokenizer.json, or a hub name; fetch_samples.py writes the same one to samples/tokenizer_neox."""
+    """A folder with tokenizer.json, or a hub name; fetch_samples.py writes the same one to samples/tokenizer_neox. char: each
+    character is a token, of text that is put through Unidecode and lower case (a folder of that name is ./char)."""
     verify: Literal["sample", "all"] = "sample"
     """Documents encoded by Hugging Face's tokenizers too: one of 500 and the first 4 of each piece, or all."""
     seq_len: int = 2048
     """Targets in a block; a block is one token longer."""
+    no_overlap: bool = False
+    """No token is in two blocks; the first of each is then never a target. By default it is the last of the block before."""
     total_steps: int | None = None
     """Steps to pack for; with none, 10,000 of the hub dataset, or all of --documents."""
     effective_batch: int = 32
@@ -171,29 +175,35 @@ def find_corpus(args: Args) -> Corpus:
 
 
 def describe(args: Args, corpus: Corpus, tokenizer) -> dict[str, Any]:
-    """The header: all that decides the stream of tokens, and nothing else."""
+    """The header: all that decides the stream of tokens, and nothing else; None for what older packs do not know."""
     from lm.tokenizer import fingerprint, token_dtype
 
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no end-of-sequence token, documents need one after them: set one")
-    reading = asdict(reading_of(args))
     return {
         "seq_len": args.seq_len,
+        "overlap": False if args.no_overlap else None,
         "dtype": token_dtype(len(tokenizer)),
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "tokenizer": {"fingerprint": fingerprint(tokenizer)},
         "source": corpus.identity,
-        "reading": reading,
+        "reading": asdict(reading_of(args, tokenizer)),
         "verify": args.verify,
         "blocks_per_shard": args.blocks_per_shard,
         "held_out_blocks": args.held_out_blocks,
     }
 
 
-def reading_of(args: Args) -> Reading:
-    """How files become documents."""
-    return Reading(args.text_column, args.text_unit, args.seed, args.shuffle_window)
+def written(header: dict[str, Any]) -> dict[str, Any]:
+    """The header as it is kept: without None, so that packs that were made before there was such a key are still the same."""
+    parts = {name: written(value) if isinstance(value, dict) else value for name, value in header.items()}
+    return {name: value for name, value in parts.items() if value is not None}
+
+
+def reading_of(args: Args, tokenizer) -> Reading:
+    """How files become the documents that a tokenizer is given."""
+    return Reading(args.text_column, args.text_unit, args.seed, args.shuffle_window, preparation(tokenizer))
 
 
 class Display:
@@ -236,18 +246,17 @@ def begin(args: Args, job: Job, header: dict, corpus: Corpus, tokenizer) -> Pack
         raise ValueError(f"{args.folder} holds {strangers[0]}, which is no pack: pass another --output_dir, or remove it")
     from lm.tokenizer import save_tokenizer
 
-    held_out = write_held_out(args, job, corpus)
+    held_out = write_held_out(args, job, corpus, tokens_for(args.held_out_blocks, header))
     save_tokenizer(tokenizer, args.folder / "tokenizer")
     files = listed(args.folder, sorted(path for path in (args.folder / "tokenizer").rglob("*") if path.is_file()))
-    packer = Packer(args.folder, new_state(header, held_out, files, corpus.about | {"tokenizer": args.tokenizer}), job)
+    packer = Packer(args.folder, new_state(written(header), held_out, files, corpus.about | {"tokenizer": args.tokenizer}), job)
     packer.save()
     return packer
 
 
-def write_held_out(args: Args, job: Job, corpus: Corpus) -> dict[str, Any]:
+def write_held_out(args: Args, job: Job, corpus: Corpus, needed: int) -> dict[str, Any]:
     """Write held_out.bin: the first documents of the held-out files, or of the corpus, which are not packed then."""
     piece = cut(corpus.held_out, job.reading)[0] if corpus.held_out else job.pieces[0]
-    needed = args.held_out_blocks * args.seq_len + 1
     job = replace(job, shard_tokens=needed, compare_all=True)
     packer = PiecePacker(job, CONTEXT.Array("q", 2), CONTEXT.Value("i", 0))
     if why := packer.encoder.why_not_fast:
@@ -281,10 +290,11 @@ def work(args: Args, packer: Packer) -> dict[str, Any] | None:
 
 def summary(folder: Path, meta: dict[str, Any]) -> Iterator[str]:
     """Lines that say what there is, and what a reader should know."""
-    seq_len = meta["header"]["seq_len"]
+    seq_len, apart = meta["header"]["seq_len"], "" if meta["header"].get("overlap", True) else " that do not overlap"
     yield (
         f"{folder}: {meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens, {meta['num_blocks']:,} blocks of"
-        f" {seq_len} + 1 in {len(meta['shards'])} shards; {meta['tokens_after_the_last_block']:,} tokens after the last block"
+        f" {seq_len} + 1{apart} in {len(meta['shards'])} shards; {meta['tokens_after_the_last_block']:,} tokens after the last"
+        " block"
     )
     for reason, count in meta["left_out"].items():
         yield f"left out: {count:,} documents, {reason}"
@@ -305,17 +315,18 @@ def pack(args: Args) -> None:
     """Do what is still to be done. Raises: whatever is wrong with the files or the folder."""
     from lm.tokenizer import load_tokenizer  # transformers takes seconds: not for --help or wrong arguments
 
-    corpus, tokenizer = find_corpus(args), load_tokenizer(args.tokenizer)
-    header = describe(args, corpus, tokenizer)
+    corpus = find_corpus(args)
+    tokenizer = character_tokenizer() if args.tokenizer == "char" else load_tokenizer(args.tokenizer)
+    header, reading = describe(args, corpus, tokenizer), reading_of(args, tokenizer)
     job = Job(
         partial=args.folder / "partial",
-        pieces=cut(corpus.files, reading_of(args)),
-        reading=reading_of(args),
+        pieces=cut(corpus.files, reading),
+        reading=reading,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         dtype=DTYPES[header["dtype"]],
-        shard_tokens=args.blocks_per_shard * args.seq_len,
+        shard_tokens=args.blocks_per_shard * stride(header),
         compare_all=args.verify == "all",
         skip_bad_documents=args.skip_bad_documents,
     )

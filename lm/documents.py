@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lm import draws
+from lm.characters import simplify
 from lm.corpus import File, compression_of, kind_of, open_bytes
 from lm.records import Record, TextUnit, is_damage, place, records
 
@@ -33,6 +34,7 @@ class Reading:
     text_unit: TextUnit = "file"
     seed: int = 0
     shuffle_window: int = 10_000  # documents; 0 keeps the order of the files
+    prepare: str | None = None  # what the tokenizer needs done to a text (lm/characters.py)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ def documents(piece: Piece, number: int, reading: Reading, skip: int = 0) -> Ite
     )
     for record in _ordered(found, number, reading, skip):
         text, fault = _text_of(record, reading.text_column)
+        if text and reading.prepare:
+            text = simplify(text)
+        if text is not None and (not text or text.isspace()):
+            text, fault = None, EMPTY
         yield Document(text, fault, record)
 
 
@@ -161,7 +167,7 @@ def _text_of(record: Record, column: str) -> tuple[str | None, str | None]:
             text = record.content.decode()
         except UnicodeDecodeError:
             return None, "not UTF-8"
-    return (None, EMPTY) if not text or text.isspace() else (text, None)
+    return text, None
 
 
 def _json(line: bytes) -> tuple[Any, str | None]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from lm.characters import preparation
 from lm.external_generator import Texts
 from lm.graph_search import Task, draw_graphs
 from lm.graph_text import END, FIXED_PIECES, Pieces, Written, write
@@ -32,6 +33,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise ValueError unless an answer has the same ids after its prompt as alone, and there is an end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token, an answer needs one to end: take another tokenizer")
+    if asked := preparation(tokenizer):
+        raise ValueError(
+            f"the tokenizer needs texts prepared by {asked!r}, which would change the names of the graphs: take a"
+            " byte-level BPE tokenizer"
+        )
     for written in _samples():
         for prompt, (answer, *_) in zip(written.prompts(), written.answers(), strict=True):
             whole, first, second = encode_documents(tokenizer, [f"{prompt} {answer}", prompt, f" {answer}"])

@@ -15,7 +15,7 @@ from typing import Any
 
 from lm.files import sync, write_sealed
 from lm.piece_packer import Job, PiecePacker, Stopped, finished
-from lm.shards import FORMAT, totals
+from lm.shards import FORMAT, tokens_for, totals
 from lm.workers import CONTEXT, worker_pool
 
 TICK_SEC = 0.25
@@ -40,7 +40,7 @@ class Packer:
     def target_tokens(self) -> int | None:
         """Tokens in the blocks asked for; None for all there are."""
         blocks = self.state["target_blocks"]
-        return None if blocks is None else blocks * self.state["header"]["seq_len"] + 1
+        return None if blocks is None else tokens_for(blocks, self.state["header"])
 
     @property
     def enough(self) -> bool:

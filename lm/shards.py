@@ -2,6 +2,8 @@
 
 Block b is tokens b * seq_len to (b + 1) * seq_len of the stream, both included: seq_len + 1 tokens, whose first is the last of
 the block before. So every token but the stream's first is a target exactly once, also where two shards meet.
+With --no_overlap ("overlap": false in the header) it is tokens b * (seq_len + 1) to b * (seq_len + 1) + seq_len: no token is in
+two blocks, and the first of each block is never a target.
 
 shard_00000.bin ...   flat little-endian uint16 (uint32 for a vocabulary above 65,536), whole documents
 held_out.bin          the same, documents that are in no shard
@@ -51,6 +53,7 @@ class Pack:
         state, self.finished = _read_state(self.folder)
         self.header: dict[str, Any] = state["header"]
         self.seq_len, self.dtype = self.header["seq_len"], DTYPES[self.header["dtype"]]
+        self.stride = stride(self.header)
         if seq_len not in (None, self.seq_len):
             raise ValueError(
                 f"--seq_len {seq_len}, but {folder} has blocks of {self.seq_len} + 1 tokens: pass --seq_len {self.seq_len},"
@@ -72,7 +75,7 @@ class Pack:
     @property
     def num_blocks(self) -> int:
         """Whole blocks in the shards so far."""
-        return max(self.num_tokens - 1, 0) // self.seq_len
+        return blocks_in(self.num_tokens, self.header)
 
     def take(self, shards: list[dict[str, Any]], finished: bool) -> None:
         """Know these shards, of which the first are those known before (another process has read them)."""
@@ -95,22 +98,22 @@ class Pack:
         """
         out = np.empty((len(numbers), self.seq_len + 1), self.dtype)
         for row, number in zip(out, numbers, strict=True):
-            self._read(number * self.seq_len, row)
+            self._read(number * self.stride, row)
         return out
 
     def held_out_blocks(self) -> np.ndarray:
         """All blocks of held-out text, (number, seq_len + 1)."""
         tokens = self._tokens(self.held_out)
-        number = max(len(tokens) - 1, 0) // self.seq_len
+        number = blocks_in(len(tokens), self.header)
         if not number:
             return np.empty((0, self.seq_len + 1), self.dtype)
-        starts = np.arange(number)[:, None] * self.seq_len
+        starts = np.arange(number)[:, None] * self.stride
         return tokens[starts + np.arange(self.seq_len + 1)]
 
     def where(self, number: int) -> str:
         """The shard in which a block begins, and its first token there."""
-        shard = bisect.bisect_right(self._ends, number * self.seq_len)
-        first = number * self.seq_len - (self._ends[shard - 1] if shard else 0)
+        shard = bisect.bisect_right(self._ends, number * self.stride)
+        first = number * self.stride - (self._ends[shard - 1] if shard else 0)
         return f"{self.shards[shard]['file']} token {first}"
 
     def verify(self) -> None:
@@ -163,14 +166,30 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], bool]:
     return found
 
 
+def stride(header: dict[str, Any]) -> int:
+    """Tokens from the beginning of a block to that of the next."""
+    return header["seq_len"] + (1 if header.get("overlap") is False else 0)
+
+
+def blocks_in(tokens: int, header: dict[str, Any]) -> int:
+    """Whole blocks in the first `tokens` of a stream."""
+    step = stride(header)
+    return max(tokens - header["seq_len"] - 1 + step, 0) // step
+
+
+def tokens_for(blocks: int, header: dict[str, Any]) -> int:
+    """Tokens that so many blocks, at least one, take."""
+    return (blocks - 1) * stride(header) + header["seq_len"] + 1
+
+
 def totals(state: dict[str, Any]) -> dict[str, Any]:
     """What meta.json says of all shards together."""
-    shards, seq_len, left_out = state["shards"], state["header"]["seq_len"], Counter()
+    shards, header, left_out = state["shards"], state["header"], Counter()
     for shard in shards:
         left_out.update(shard["left_out"])
     sums = {f"num_{key}": sum(shard[key] for shard in shards) for key in COUNTS}
-    tokens, num_blocks = sums["num_tokens"], max(sums["num_tokens"] - 1, 0) // seq_len
-    rest = tokens - 1 - num_blocks * seq_len if num_blocks else tokens
+    tokens, num_blocks = sums["num_tokens"], blocks_in(sums["num_tokens"], header)
+    rest = tokens - tokens_for(num_blocks, header) if num_blocks else tokens
     return sums | {"num_blocks": num_blocks, "left_out": dict(sorted(left_out.items())), "tokens_after_the_last_block": rest}
 
 
@@ -180,6 +199,8 @@ def _check_state(path: Path, state: dict[str, Any], finished: bool) -> None:
     header, shards, held_out = state["header"], state["shards"], state["held_out"]
     refuse(kind_faults(f"{path} header", header, HEADER), MADE_BY)
     faults = header_faults(path, header) + kind_faults(f"{path} next", state["next"], NEXT)
+    if header.get("overlap", False) is not False:
+        faults.append(f"{path} has overlap {header['overlap']!r:.80}, false is needed, or no such key")
     if header["eos_token_id"] >= header["vocab_size"]:
         faults.append(f"{path} has eos_token_id {header['eos_token_id']}, below vocab_size {header['vocab_size']} is needed")
     if state.get("target_blocks", 0) is not None:

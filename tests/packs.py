@@ -33,21 +33,35 @@ def write_pack(folder: Path, tokenizer: PreTrainedTokenizerFast, shards: int = 5
     entries = []
     for number in range(shards):
         own = texts[1 + number * per_shard : 1 + (number + 1) * per_shard]
-        entries.append(_write(folder, f"shard_{number:05d}.bin", tokenizer, own))
+        entries.append(_write(folder, f"shard_{number:05d}.bin", stream(tokenizer, own), len(own)))
+    held_out = _write(folder, "held_out.bin", stream(tokenizer, texts[:1]), 1)
+    return _seal(folder, tokenizer, entries, held_out, header)
+
+
+def write_tokens(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, shards: list[np.ndarray], held_out: np.ndarray, **header
+) -> Path:
+    """A finished pack of these tokens, as if each shard were one document."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    entries = [_write(folder, f"shard_{number:05d}.bin", tokens, min(len(tokens), 1)) for number, tokens in enumerate(shards)]
+    return _seal(folder, tokenizer, entries, _write(folder, "held_out.bin", held_out, min(len(held_out), 1)), header)
+
+
+def _seal(folder: Path, tokenizer: PreTrainedTokenizerFast, entries: list[dict], held_out: dict, header: dict) -> Path:
     whole = {"seq_len": SEQ_LEN, "dtype": token_dtype(len(tokenizer)), "vocab_size": len(tokenizer)}
     whole |= {"eos_token_id": tokenizer.eos_token_id, "source": {"documents": "the Python language reference"}}
     whole |= {"tokenizer": {"fingerprint": fingerprint(tokenizer)}} | header
-    held_out = _write(folder, "held_out.bin", tokenizer, texts[:1]) | {"first_record": 0}
-    state = new_state(whole, held_out, listed(folder, (folder / "tokenizer").iterdir()), {}) | {"shards": entries}
+    state = new_state(whole, held_out | {"first_record": 0}, listed(folder, (folder / "tokenizer").iterdir()), {}) | {
+        "shards": entries
+    }
     write_sealed(folder / "meta.json", state | totals(state))
     return folder
 
 
-def _write(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict:
-    tokens = stream(tokenizer, texts)
+def _write(folder: Path, name: str, tokens: np.ndarray, documents: int) -> dict:
     tokens.tofile(folder / name)
-    counts = {"tokens": len(tokens), "documents": len(texts), "compared": 0, "differing": 0}
-    rest = {"records": [0, len(texts)], "last": True, "encoder": "tests", "left_out": {}, "left_out_at": [], "piece": 0}
+    counts = {"tokens": len(tokens), "documents": documents, "compared": 0, "differing": 0}
+    rest = {"records": [0, documents], "last": True, "encoder": "tests", "left_out": {}, "left_out_at": [], "piece": 0}
     return counts | rest | {"file": name, "sha256": sha256(folder / name)}
 
 
@@ -71,6 +85,7 @@ def publish(whole: Path, folder: Path, shards: int, finished: bool = False, targ
 
 
 SETTINGS = {  # checkpoints in the middle of a log interval, and an evaluation at neither
+    "dirty": True,
     "total_steps": 24,
     "effective_batch": 6,
     "micro_batch": 3,

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from damage import change_meta, flip
 from hub import hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packs import publish, write_tokens
 from test_documents import compress, jsonl
 from text import byte_level_bpe, documents
 
@@ -31,12 +35,14 @@ from lm.corpus import find_files
 from lm.documents import cut
 from lm.documents import documents as read
 from lm.files import read_json, read_sealed, sha256
+from lm.mixed_rows import MixedRows
 from lm.shards import Pack, totals
 from lm.tokenizer import encode_documents
 from lm.workers import CONTEXT
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"{number} {text}" for number, text in enumerate(documents())]
+TOKENIZER = byte_level_bpe()
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +118,18 @@ def inline(monkeypatch):
     monkeypatch.setattr(lm.packer, "worker_pool", worker_pool)
 
 
-def stream_of(args: Args) -> tuple[np.ndarray, np.ndarray]:
+def stream_of(args: Args, held_out_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What the pack must hold, in the plainest way: held-out tokens and the tokens of the stream."""
     from build_pretrain import reading_of
     from lm.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
-    reading = reading_of(args)
+    reading = reading_of(args, tokenizer)
     pieces = cut(find_files(args.documents), reading)
     texts = [document.text for number, piece in enumerate(pieces) for document in read(piece, number, reading)]
     ids = [[*ids, tokenizer.eos_token_id] for ids in encode_documents(tokenizer, texts)]
     ends = np.cumsum([len(document) for document in ids])
-    held_out = int(np.searchsorted(ends, args.held_out_blocks * args.seq_len + 1)) + 1
+    held_out = int(np.searchsorted(ends, held_out_tokens or args.held_out_blocks * args.seq_len + 1)) + 1
     return tuple(np.array(list(chain.from_iterable(part)), np.uint16) for part in (ids[:held_out], ids[held_out:]))
 
 
@@ -166,12 +172,84 @@ def test_every_token_but_the_first_is_a_target_exactly_once(args, small_pieces):
     assert pack.where(0) == "shard_00000.bin token 0"
 
 
+def test_without_overlap_every_block_is_whole_and_no_token_is_in_two(args, small_pieces, capsys):
+    some = replace(args, no_overlap=True, total_steps=50, effective_batch=8)
+    main(some)
+    assert "blocks of 64 + 1 that do not overlap in " in capsys.readouterr().out
+    assert 400 <= Pack(args.folder).num_blocks < 600
+    main(replace(args, no_overlap=True))
+    pack, stream = Pack(args.folder), stream_of(args, 20 * 65)[1]
+    meta = read_json(args.folder / "meta.json", "")
+    assert meta["num_blocks"] == pack.num_blocks == len(stream) // 65
+    assert meta["tokens_after_the_last_block"] == len(stream) % 65
+    np.testing.assert_array_equal(pack.blocks(range(pack.num_blocks)).flatten(), stream[: pack.num_blocks * 65])
+    assert len(pack.held_out_blocks()) == pack.held_out["tokens"] // 65 >= 20
+    with pytest.raises(ValueError, match=r"holds other data \(overlap: there False, asked None\)"):
+        main(args)
+
+
+def test_without_overlap_shards_and_held_out_text_hold_as_many_blocks_as_were_asked_for(args, small_pieces, tmp_path):
+    """The first document and the first batch would be enough if blocks overlapped."""
+    main(replace(args, seq_len=8, held_out_blocks=1, blocks_per_shard=1))
+    first = Pack(args.folder)
+    held_out, shard = (first.held_out["tokens"] - 1) // 8, first.shards[0]["tokens"] // 8
+    other = {"held_out_blocks": held_out, "blocks_per_shard": shard, "output_dir": str(tmp_path / "other")}
+    main(replace(args, seq_len=8, no_overlap=True, **other))
+    pack = Pack(tmp_path / "other")
+    assert len(pack.held_out_blocks()) >= held_out
+    assert all(entry["tokens"] // 9 >= shard for entry in pack.shards if not entry["last"])
+
+
+LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(shards=LENGTHS, seq_len=st.integers(1, 40), held_out=st.integers(0, 90), overlap=st.booleans())
+def test_blocks_of_any_length_over_shards_of_any_length(shards, seq_len, held_out, overlap):
+    """Tokens are 0, 1, 2, ...; what blocks must hold is said in the plainest way."""
+    step, header = (seq_len, {}) if overlap else (seq_len + 1, {"overlap": False})
+
+    def expected(tokens: int) -> list[list[int]]:
+        return [[*range(start, start + seq_len + 1)] for start in range(0, max(tokens - seq_len, 0), step)]
+
+    with TemporaryDirectory() as folder:
+        parts = np.split(np.arange(sum(shards), dtype=np.uint16), np.cumsum(shards[:-1]))
+        whole = write_tokens(
+            Path(folder) / "whole", TOKENIZER, parts, np.arange(held_out, dtype="u2"), seq_len=seq_len, **header
+        )
+        pack = Pack(whole)
+        assert pack.blocks(range(pack.num_blocks)).tolist() == expected(sum(shards))
+        assert pack.held_out_blocks().tolist() == expected(held_out)
+        meta = read_json(whole / "meta.json", "")
+        ends = [block[-1] + 1 for block in expected(sum(shards))]
+        assert (meta["num_blocks"], meta["tokens_after_the_last_block"]) == (len(ends), sum(shards) - max(ends, default=0))
+        for number in range(pack.num_blocks):
+            name, _, token = pack.where(number).split()
+            assert np.fromfile(whole / name, "<u2")[int(token)] == number * step
+        publish(whole, Path(folder) / "growing", 1)
+        growing = Pack(Path(folder) / "growing")
+        assert growing.num_blocks == len(expected(shards[0]))
+        publish(whole, growing.folder, len(shards), finished=True)
+        growing.refresh()
+        assert growing.blocks(range(growing.num_blocks)).tolist() == expected(sum(shards))
+
+
+def test_without_overlap_every_token_of_the_blocks_is_read_once_an_epoch(tmp_path):
+    parts = [np.arange(start, stop, dtype=np.uint16) for start, stop in ((0, 33), (33, 34), (34, 94))]
+    folder = write_tokens(tmp_path / "pack", TOKENIZER, parts, parts[0], seq_len=8, overlap=False)
+    rows = MixedRows(Pack(folder), [], TOKENIZER, seed=0, share=0.0)
+    for epoch in range(3):
+        batch = rows.rows(range(epoch * 10, epoch * 10 + 10), pass_blocks=10)
+        read = np.concatenate([batch["input_ids"][:, :1], batch["targets"]], axis=1)
+        assert sorted(read.flatten().tolist()) == list(range(90))
+
+
 def test_blocks_longer_than_shards_are_read(args, small_pieces):
     main(replace(args, blocks_per_shard=1, held_out_blocks=1))
     pack = Pack(args.folder)
-    pack.seq_len = 8000
+    pack.seq_len = pack.stride = 8000
     stream = np.concatenate([np.fromfile(pack.folder / shard["file"], "<u2") for shard in pack.shards])
-    assert len(pack.shards) > pack.num_blocks
+    assert len(pack.shards) > pack.num_tokens // 8000
     np.testing.assert_array_equal(pack.blocks([0, 3, 7]), [stream[n * 8000 : n * 8000 + 8001] for n in (0, 3, 7)])
 
 

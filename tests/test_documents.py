@@ -33,6 +33,12 @@ def jsonl(texts) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+def dolma(texts) -> bytes:
+    """JSON Lines with the fields of Dolma's files."""
+    about = {"source": "wiki", "added": "2023-04-11T09:57:57.032Z", "created": None, "metadata": {"text": "no document"}}
+    return "".join(json.dumps({"id": str(i), "text": text} | about) + "\n" for i, text in enumerate(texts)).encode()
+
+
 def texts_of(names, reading=IN_ORDER) -> list[str]:
     """The texts of a corpus that has no bad document."""
     pieces = cut(find_files([str(name) for name in names]), reading)
@@ -45,6 +51,12 @@ def faults_of(path, reading=IN_ORDER) -> list[tuple[str, str]]:
     """Place and fault of every bad document of one file."""
     (piece,) = cut(find_files([str(path)]), reading)
     return [(where(piece, document), document.fault) for document in documents(piece, 0, reading) if document.fault]
+
+
+def test_files_as_of_dolma_are_json_lines_in_gzip(tmp_path):
+    """One .json.gz has a record on each line, in as many gzip members as were joined."""
+    (tmp_path / "v1_6-0000.json.gz").write_bytes(gzip.compress(dolma(TEXTS[:7])) + gzip.compress(dolma(TEXTS[7:])))
+    assert texts_of([tmp_path]) == TEXTS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.parquet"])

@@ -107,6 +107,6 @@ def test_a_tokenizer_that_gigatoken_takes_for_another_is_encoded_by_the_referenc
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(["The quick Brown fox, 12345 jumps! It is now."] * 20, trainer)
     encoder = TextEncoder(backend.to_str())
-    assert encoder.why_not_fast == "gigatoken encodes 'The quick Brown fox, 12345 jumps!' differently"
+    assert encoder.why_not_fast == "gigatoken 0.10.0 encodes 'The quick Brown fox, 12345 jumps!' differently"
     assert encoder.name.startswith("tokenizers ")
     assert parts(encoder.encode(["The quick Brown fox"])) == [backend.encode("The quick Brown fox").ids]
