@@ -2,61 +2,31 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+from lm.presets import PRESETS
 
 OWN_CODE = "pass another; a model's own code (auto_map) is never run"
 logging.disable_progress_bar()  # transformers draws one for every model that it reads or writes, over ours
 
 
-@dataclass(frozen=True)
-class NeoX:
-    """The shape of a GPT-NeoX model; all else is as in Pythia (parallel residual, GELU, untied, no dropout)."""
-
-    hidden: int
-    layers: int
-    heads: int
-    positions: int = 2048
-    rotary: float = 0.25  # share of each head's dimensions that turn with the position
-
-
-# Pythia: Biderman et al., arXiv 2304.01373, table 1, and the published config.json of each (intermediate = 4 x hidden).
-PRESETS = {
-    "neox-64x2": NeoX(64, 2, 4),  # for two CPU cores
-    "neox-128x2": NeoX(128, 2, 4),
-    "neox-128x6": NeoX(128, 6, 4, rotary=1.0),  # a quarter of so small a head would be 8 dimensions
-    "pythia-14m": NeoX(128, 6, 4),
-    "pythia-31m": NeoX(256, 6, 8),
-    "pythia-70m": NeoX(512, 6, 8),
-    "pythia-160m": NeoX(768, 12, 12),
-    "pythia-410m": NeoX(1024, 24, 16),
-    "pythia-1b": NeoX(2048, 16, 8),
-    "pythia-1.4b": NeoX(2048, 24, 16),
-}
-
-
-def _config(name: str):
-    shape = PRESETS.get(name)
-    if shape is not None:
-        config = GPTNeoXConfig(
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            intermediate_size=4 * shape.hidden,
-            max_position_embeddings=shape.positions,
-        )
-        config.rope_parameters["partial_rotary_factor"] = shape.rotary
-        return config
+def _config(name: str) -> PreTrainedConfig:
+    if name in PRESETS:
+        return PRESETS[name].config()
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
+        close = get_close_matches(name.lower(), PRESETS)
+        among = f"did you mean {' or '.join(close)}?" if close else f"presets: {', '.join(PRESETS)}"
         raise FileNotFoundError(
-            f"--model {name} is no preset ({', '.join(PRESETS)}), no folder with a config.json, and not on the hub as it can"
+            f"--model {name} is no preset ({among}), no folder with a config.json, and not on the hub as it can"
             f" be reached from here ({_gist(error)}): pass one of these"
         ) from None
     except Exception as error:  # of many kinds, KeyError and validation errors of its own too
@@ -84,34 +54,104 @@ def ensure_positions(config: PreTrainedConfig, min_positions: int, name: str) ->
         )
 
 
+def _set_dropout(config: PreTrainedConfig, dropout: float, name: str) -> None:
+    """Give every dropout of the configuration this probability, but those of classifiers that no language model has."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is a probability in [0, 1): for a fifth pass 0.2")
+    fields = [
+        key
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop")) and not key.startswith(("classifier", "summary"))
+        if value is None or type(value) in (int, float)
+    ]
+    if dropout and not fields:
+        raise ValueError(f"{name} ({type(config).__name__}) has no dropout, {dropout} is asked: pass 0, or another model")
+    for key in fields:
+        setattr(config, key, dropout)
+
+
 def build_model(
-    name: str, vocab_size: int, min_positions: int, token_ids: dict[str, int | None] | None = None
+    name: str, vocab_size: int, min_positions: int, token_ids: dict[str, int | None] | None = None, dropout: float | None = None
 ) -> PreTrainedModel:
-    """A model of this architecture with random float32 weights and an embedding of exactly `vocab_size` rows.
+    """A model of this architecture with random float32 weights and embeddings for `vocab_size` ids, all of which train.
 
     Parameters are float32 whatever the config says: Pythia's says float16, in which Adam's eps of 1e-8 is zero, so that
     the first update of a row that was never seen divides zero by zero. Draws from torch's global generator.
 
     Args:
         name: a preset, a folder with a config.json, or a hub name (only its config is used).
-        min_positions: tokens in the longest context that it will see (see `ensure_positions`).
+        vocab_size: rows of the embedding and of the head; OLMo's presets have the next multiple of 128.
+        min_positions: tokens in the longest context that it will see (see `ensure_positions`; presets have as many as asked).
         token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer in use, for the saved config.
-    Raises: FileNotFoundError if there is no such architecture; ValueError if it is made for shorter contexts.
+        dropout: probability in place of the config's own, in all places where the architecture has dropout.
+    Raises: FileNotFoundError if there is no such architecture; ValueError if it is made for shorter contexts, has no dropout
+        or cannot have this vocabulary, or if its logits depend on later tokens.
     """
-    config = _config(name)
+    config, preset = _config(name), PRESETS.get(name)
+    if preset is not None:  # a shape that is yet to be trained, with positions to choose
+        config.max_position_embeddings = max(preset.positions, min_positions)
     ensure_positions(config, min_positions, f"--model {name}")
-    config.vocab_size = vocab_size
+    multiple = 1 if preset is None else preset.vocab_multiple
+    config.vocab_size = -(-vocab_size // multiple) * multiple
     for key, value in (token_ids or {}).items():
         setattr(config, key, value)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if dropout is not None:
+        _set_dropout(config, dropout, f"--model {name}")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if preset is not None:
+        preset.initialise(model)
+    _check_vocabulary(model, vocab_size, f"--model {name}")
+    if model.device.type != "meta":
+        _check_causal(model, min(min_positions, 8), f"--model {name}")
+    return _train_all_rows(model)
 
 
-def load_model(name: str | Path) -> PreTrainedModel:
+def _check_vocabulary(model: PreTrainedModel, vocab_size: int, name: str) -> None:
+    """Raise ValueError unless the model reads and predicts `vocab_size` ids, the same ones."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = [0 if layer is None else len(layer.weight) for layer in (embedding, head)]
+    if rows[0] != rows[1] or rows[0] < vocab_size:
+        raise ValueError(
+            f"{name} has an embedding of {rows[0]} rows and a head of {rows[1]}, {vocab_size} or more of both are needed:"
+            " choose another model"
+        )
+
+
+def _check_causal(model: PreTrainedModel, length: int, name: str) -> None:
+    """Raise ValueError if another last token changes a logit before it: transformers builds BERT as a causal model too."""
+    ids = torch.arange(length).repeat(2, 1) % model.config.vocab_size
+    ids[1, -1] += 1 if ids[1, -1] == 0 else -1
+    with torch.no_grad():
+        logits = model.eval()(ids.to(model.device)).logits
+    model.train()
+    *before, last = (logits[0] - logits[1]).abs().amax(-1).tolist()
+    if max(before, default=0.0) > 1e-5 * last:  # experts and other batches are rounded differently: 1e-7 was seen
+        raise ValueError(f"{name} ({type(model).__name__}) predicts tokens that it has seen: choose a causal language model")
+
+
+def _train_all_rows(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the padding token's row learn like any other: where documents end with that token, it is no padding.
+
+    Llama's class, among others, never gives a gradient to that row of its input embedding.
+    """
+    if hasattr(embedding := model.get_input_embeddings(), "padding_idx"):
+        embedding.padding_idx = None
+    return model
+
+
+def load_model(name: str | Path, dropout: float | None = None) -> PreTrainedModel:
     """A trained model in float32, from a folder (a run's checkpoint, say) or the hub; no code of its own is run.
 
-    Raises: FileNotFoundError if there is none with safetensors; ValueError if the weights do not fill the architecture.
+    Args: dropout: as in `build_model`, for a model that is trained on.
+
+    Raises: FileNotFoundError if there is none with safetensors; ValueError if the weights do not fill the architecture, or as
+        `build_model` does.
     """
-    return _load(name)[0]
+    options = {}
+    if dropout is not None:
+        options["config"] = _config(str(name))
+        _set_dropout(options["config"], dropout, str(name))
+    return _train_all_rows(_load(name, **options)[0])
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
@@ -134,12 +174,12 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
         raise ValueError(f"{folder} is not of this model ({' '.join(str(error).split())!s:.300}): pass another") from None
 
 
-def _load(name: str | Path) -> tuple[PreTrainedModel, list[str]]:
+def _load(name: str | Path, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of weights that it has no use for."""
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a pickle is never opened, code never run, and nobody asked
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **safe
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **safe, **options
         )
     except OSError as error:
         raise FileNotFoundError(
@@ -169,3 +209,15 @@ def architecture(model: PreTrainedModel) -> str:
 def num_parameters(model: torch.nn.Module) -> int:
     """How many numbers the model holds, embeddings included, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def non_embedding_parameters(model: PreTrainedModel) -> int:
+    """How many numbers the model holds but for its input embedding: DataDecide's count, which has the head, tied or not."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return num_parameters(model) - (0 if embedding.weight is head.weight else embedding.weight.numel())
+
+
+def planned_parameters(name: str, vocab_size: int) -> int:
+    """The `non_embedding_parameters` that `build_model` would give, counted without memory for the weights."""
+    with torch.device("meta"):
+        return non_embedding_parameters(build_model(name, vocab_size, 1))
