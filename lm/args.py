@@ -34,6 +34,10 @@ class RunArgs:
     """Newest checkpoints that are kept."""
     ledger: bool = False
     """Write down which examples form each step, about 50 bytes a row, in logs/ledger.jsonl; report.py ledger checks it."""
+    dirty: bool = False
+    """Also run code that is not committed; what differs from the commit is kept in the run's folder as uncommitted.diff."""
+    profile: bool = False
+    """Trace five steps after three that warm up, print where a step goes, and write RUN/profile/."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (WANDB_MODE=offline works without a network)."""
     wandb_run_name: str | None = None

@@ -1,6 +1,7 @@
 """Opening a run: its processes, folder, provenance, log and stop signals. Every trainer begins here.
 
 RUN/run.json       the command, the arguments and what follows from them, commit, versions (written when the run first starts)
+RUN/*.diff         what differed from the commit at the first start, and at a later one if that was something else
 RUN/events.jsonl   every start, resume, skipped update, rollback, stop and end, in the order in which they happened
 RUN/logs/*.jsonl   the records (lm/runlog.py)
 """
@@ -13,7 +14,6 @@ import platform
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -29,7 +29,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lm.args import RunArgs
-from lm.files import write_json
+from lm.files import read_json, sha256, write_json
+from lm.provenance import Tree, keep_diff, read_tree, worth_saying
 from lm.runlog import RunLog
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; the same command goes on from there
@@ -73,6 +74,7 @@ class Run:
     accelerator: Accelerator
     log: RunLog
     stop: StopSignal
+    tree: Tree  # the code
     at_end: ExitStack  # what is still to be done when the run is left, also after an error
 
     def agree(self, *flags: int) -> list[int]:
@@ -147,14 +149,26 @@ def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
     return accelerator
 
 
+def set_numerics(args: RunArgs) -> None:
+    """Let torch draw from --seed, and compute as --deterministic and --detect_anomaly say, from now on in this process."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)  # with warn_only, attention's backward pass would stay as it is
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time: nothing reads such memory
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
+    torch.manual_seed(args.seed)
+
+
 @contextmanager
 def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> Iterator[Run]:
     """Make or enter the run's folder, lock it, write down what this run is, and begin to listen to signals.
 
-    Raises: RuntimeError if another process is training in the folder, or nothing can be written there.
+    Raises: ValueError if the code is not committed and --dirty not given; RuntimeError if another process is training in the
+        folder, or nothing can be written there.
     """
+    tree = main_decides(accelerator, lambda: read_tree(args.dirty))
     folder, main = Path(args.output_dir), accelerator.is_main_process
-    lock = None
+    lock, known = None, []
     if main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,31 +180,36 @@ def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another process is training in {folder}: wait for it, or pass another --output_dir") from None
-        _write_provenance(folder, args, derived, accelerator)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)  # with warn_only, attention's backward pass would stay as it is
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time: nothing reads such memory
-    torch.autograd.set_detect_anomaly(args.detect_anomaly)
-    torch.manual_seed(args.seed)
+        known = _write_provenance(folder, args, derived, accelerator, tree)
+    set_numerics(args)
     log = RunLog(folder, main, derived["total_steps"])
     if main and args.wandb_project:
-        log.open_wandb(args.wandb_project, args.wandb_run_name or folder.name, asdict(args) | derived)
+        log.open_wandb(args.wandb_project, args.wandb_run_name or folder.name, asdict(args) | derived | tree.record)
+    for line in known:
+        log.say(line)
     accelerator.wait_for_everyone()
     with ExitStack() as at_end:
         if lock is not None:
             at_end.callback(lock.close)
-        yield Run(folder, accelerator, log, StopSignal(), at_end)
+        yield Run(folder, accelerator, log, StopSignal(), tree, at_end)
 
 
-def _write_provenance(folder: Path, args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -> None:
+def _write_provenance(folder: Path, args: RunArgs, derived: dict[str, Any], accelerator: Accelerator, tree: Tree) -> list[str]:
+    """Write down what the run is and what code makes it; returns what is to be said of that."""
+    resumed = any((folder / "checkpoints").glob("step_*"))
+    if not resumed:
+        for leftover in folder.glob("uncommitted*.diff"):
+            leftover.unlink()
+    diff = keep_diff(folder, tree.diff)
+    if resumed and (folder / "run.json").exists():  # a resumed run keeps the record of its beginning
+        return worth_saying(tree, read_json(folder / "run.json", "the training script").get("commit"), diff)
     about = {
         "script": Path(sys.argv[0]).name,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "args": asdict(args),
         "derived": derived,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **tree.record,
+        "uncommitted_diff": diff and {"file": diff.name, "sha256": sha256(diff)},
         "num_processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"cpu, {platform.machine()}",
         "host": socket.gethostname(),
@@ -198,13 +217,5 @@ def _write_provenance(folder: Path, args: RunArgs, derived: dict[str, Any], acce
         "versions": {name: version(name) for name in PACKAGES},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    if not any((folder / "checkpoints").glob("step_*")):  # a resumed run keeps the record of its beginning
-        write_json(folder / "run.json", about)
-
-
-def _git(*command: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    write_json(folder / "run.json", about)
+    return worth_saying(tree, tree.commit, diff)

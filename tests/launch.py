@@ -42,7 +42,8 @@ class Launch:
     """`count` processes of one script, which write to `out`.
 
     Args:
-        options: its arguments, and "environment", variables that it gets beside those of this process.
+        options: its arguments; "command", a word before them; and "environment", variables that it gets beside those of this
+            process.
         before: called in each process before the script; it may put a fault into it.
     """
 
@@ -51,13 +52,15 @@ class Launch:
     ):
         options = dict(options)
         shared = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | options.pop("environment", {})
+        command = [options.pop("command")] if "command" in options else []
         if count > 1:
             shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
             shared |= {"MASTER_PORT": str(_free_port())}
         self.out, self.processes = out, []
         for rank in range(count):
             environment = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
-            started = CONTEXT.Process(target=_run, args=(ROOT / script, arguments(**options), environment, out, before))
+            argv = [*command, *arguments(**options)]
+            started = CONTEXT.Process(target=_run, args=(ROOT / script, argv, environment, out, before))
             started.start()
             self.processes.append(started)
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from training import ROOT, TINY, events, flags, wait_for_step
@@ -54,12 +56,28 @@ def test_a_plan_names_the_runs_that_failed_and_finishes_the_others(plan, tmp_pat
     assert "has 5001 tokens" in (tmp_path / "runs" / "K1_seed0.log").read_text()
 
 
-def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, tmp_path):
+@pytest.fixture
+def committed(tmp_path) -> Path:
+    """This tree in a folder of its own where all of it is committed, as its users have it; it borrows the environment."""
+    folder, listing = tmp_path / "tree", ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in names:
+        if (ROOT / name).is_file():  # it may be removed and not committed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    who = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+    for command in (("init", "-q"), ("add", "-A"), (*who, "commit", "-q", "-m", "all")):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, committed, tmp_path):
     environment = os.environ | {"OUT": str(tmp_path), "SAMPLES": str(samples), "TOKEN_BUDGET": str(1600 * 12)}
     environment |= {"GRAPH_STEPS": "20", "TEXT_STEPS": "4"}
 
     def quickstart():
-        command = ["bash", str(ROOT / "scripts" / "quickstart.sh")]
+        command = ["bash", str(committed / "scripts" / "quickstart.sh")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout

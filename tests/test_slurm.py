@@ -23,7 +23,8 @@ import build_pretrain
 from lm.args import parse
 from lm.files import sha256
 
-COMMON = {name: SETTINGS[name] for name in ("model", "precision", "effective_batch", "lr", "warmup_steps", "eval_subset_size")}
+SHARED = ("dirty", "model", "precision", "effective_batch", "lr", "warmup_steps", "eval_subset_size")
+COMMON = {name: SETTINGS[name] for name in SHARED}
 COMMON |= {"micro_batch": 3, "checkpoint_interval_steps": 5, "log_every": 1}
 # Of 60 steps both.
 CURRICULUM = {"seq_len": 512, "max_steps": 300, "curr_window": 10, "curr_check_every": 10, "curr_threshold": 0.0}

@@ -15,6 +15,7 @@ from lm.runlog import records
 
 ROOT = Path(__file__).parent.parent
 TINY = {
+    "dirty": True,  # the tests are of this tree, committed or not
     "K": 2,
     "model": "neox-64x2",
     "sequence_length": 24,
