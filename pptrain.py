@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
-from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
+from lm.args import below, check, outside_0_to_1, parse
 from lm.curriculum import next_stage
 from lm.graph_search import Task
 from lm.heldout import HeldOut, encode_subset, teacher_forced
@@ -40,19 +40,20 @@ from lm.ledger import Columns, Ledger
 from lm.loss import packed_loss
 from lm.micro_batches import MicroBatches, load
 from lm.models import architecture, build_model, num_parameters
-from lm.optim import adamw
 from lm.packing import Batch, Loss, attention_reach, pack, row_ids, sees_only_itself
+from lm.profiling import part
 from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
-from lm.schedule import lr_factor
+from lm.schedule import Schedule, ScheduleName
 from lm.session import Session
 from lm.splits import Splits, read_splits
 from lm.step import plan_batch
-from lm.tokenizer import fingerprint, load_tokenizer
+from lm.tokenizer import fingerprint, load_tokenizer, special_ids
+from lm.trainer_args import TrainerArgs, optimizer_of
 from synthetic import SyntheticExamples, share_too_long
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunArgs):
+class Args(TrainerArgs):
     """One run of the curriculum."""
 
     scratch_dir: str
@@ -65,7 +66,6 @@ class Args(RunArgs):
     """Optimizer steps at most; the run ends earlier when the last stage is passed."""
 
     model: str = "pythia-160m"
-    """Architecture: a preset of lm/models.py, a folder with config.json, or a hub name. Weights are random."""
     tokenizer: str = "EleutherAI/pythia-160m"
     """A folder with tokenizer.json, or a hub name; fetch_samples.py writes the same one to samples/tokenizer_neox."""
     generator: str | None = None
@@ -85,24 +85,13 @@ class Args(RunArgs):
     """Examples in one forward pass of one process; they are packed, so a pass costs its tokens and no padding."""
     grad_accum: int | None = None
     """Forward passes in one optimizer step; 2, or what follows from --effective_batch."""
-    effective_batch: int | None = None
-    """Examples in one optimizer step over all processes."""
     lr: float = 5e-4
-    """Learning rate after the warm-up."""
+    schedule: ScheduleName = "constant"
     warmup_steps: int = 1000
-    """Optimizer steps of linear warm-up; constant from there."""
+    min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
     adam_beta2: float = 0.999
-    """Decay of the second moment."""
-    adam_eps: float = 1e-6
-    """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
-    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
 
     start_stage: int = 1
     """First stage; with the last one, there is no curriculum."""
@@ -126,11 +115,12 @@ class Args(RunArgs):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = super().faults()
-        found += below(self, 1, "max_steps", "seq_len", "micro_batch", "grad_accum", "effective_batch", "start_stage")
-        found += below(self, 1, "stage_step", "curr_window", "curr_check_every", "eval_subset_size", "log_every")
-        found += below(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "num_workers")
-        found += not_positive(self, "lr", "adam_eps")
-        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "curr_threshold", "max_left_out")
+        found += below(self, 1, "max_steps", "seq_len", "start_stage", "stage_step", "curr_window", "curr_check_every")
+        found += below(self, 1, "eval_subset_size", "log_every")
+        found += below(self, 0, "num_workers")
+        found += outside_0_to_1(self, "curr_threshold", "max_left_out")
+        if self.schedule == "gpt3":
+            found.append("--schedule gpt3 counts tokens, of which a step of the curriculum has no fixed number: pass another")
         return found
 
 
@@ -144,6 +134,7 @@ class Plan:
     grad_accum: int
     effective_batch: int  # examples in a step
     reach: float | None  # how to pack (lm/packing.py)
+    schedule: Schedule
 
 
 @dataclass
@@ -165,7 +156,7 @@ class Progress(lm.session.Progress):
 # order). The names of model and tokenizer are free, what they stand for is not.
 FREE = {"output_dir", "scratch_dir", "data_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "max_steps"}
 FREE |= {"checkpoint_interval_steps", "max_step_checkpoints", "wandb_project", "wandb_run_name", "num_workers", "tokenizer"}
-FREE |= {"model", "log_every", "ledger"}
+FREE |= {"model", "log_every", "ledger", "dirty", "profile"}
 FREE |= {"micro_batch", "grad_accum", "effective_batch", "max_input_size", "max_lookahead", "max_left_out"}
 
 
@@ -177,6 +168,8 @@ def identity(
     files = {name: about["sha256"] for name, about in splits.meta["files"].items()}
     settings |= {"effective_batch": plan.effective_batch, "task": asdict(plan.task), "data": files}
     settings |= {"generator": splits.meta["generator"], "architecture": architecture(model)}
+    if args.schedule != "constant":
+        settings["max_steps"] = args.max_steps
     return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
@@ -224,16 +217,18 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         if loader is None:  # also after a stage: what was prefetched for the old one never trains
             maker = MicroBatchMaker(args, plan, session.progress.stage)
             loader = load(maker, micro_batch_sampler(data_step, plan, args, accelerator), args.num_workers, accelerator)
-        lr = args.lr * lr_factor(step, args.max_steps, args.warmup_steps, "constant")
+        lr = args.lr * plan.schedule.factor(step)
         before = time.perf_counter()
-        micro_batches = [next(loader) for _ in range(plan.grad_accum)]
+        with part("data"):
+            micro_batches = [next(loader) for _ in range(plan.grad_accum)]
         waited += time.perf_counter() - before
         micro_batches = ledger.note(micro_batches)
         weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
         counts = [sum(int(batch[name].sum()) for batch in micro_batches) for name in ("lengths", "num_too_long")]
-        micro_batches = send_to_device(micro_batches, accelerator.device, non_blocking=True)
+        with part("to_device"):
+            micro_batches = send_to_device(micro_batches, accelerator.device, non_blocking=True)
         source = functools.partial(sources, data_step, session.progress.stage, plan, args, accelerator)
-        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
+        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
         if result is None:
             session.end_rollback()
             loader = None  # the run went back to a checkpoint, and goes on with other data
@@ -284,6 +279,7 @@ def sources(data_step: int, stage: int, plan: Plan, args: Args, accelerator: Acc
     return [examples.texts(rows.start, len(rows)) for rows in itertools.islice(sampler, plan.grad_accum)]
 
 
+@part("evaluate")
 def evaluate(args: Args, plan: Plan, session: Session) -> None:
     """Measure accuracy and loss on the held-out examples, which are of full difficulty whatever the stage."""
     stage = session.progress.stage
@@ -330,8 +326,22 @@ def say_what_to_know(run: Run, args: Args, plan: Plan, share: float) -> None:
         run.log.say(f"--model {args.model} lets packed examples see each other: every example gets a row of its own, padded")
 
 
-def main(args: Args) -> int:
-    """Train one run and return its exit code."""
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs, before anything of it is written."""
+
+    args: Args
+    accelerator: Accelerator
+    splits: Splits
+    tokenizer: PreTrainedTokenizerFast
+    plan: Plan
+    model: PreTrainedModel
+    share_too_long: float  # of the last stage's examples
+    longest: int  # tokens in one of them
+
+
+def prepare(args: Args) -> Prepared:
+    """Read the data and build the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     args = replace(args, output_dir=args.output_dir or str(Path(args.scratch_dir) / "pptrain"))
     check(args.faults())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked after its first use
@@ -347,36 +357,41 @@ def main(args: Args) -> int:
     share, longest = share_too_long(task, task.max_lookahead, tokenizer, args.seq_len, generator=args.generator)
     held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, args.seq_len)
     check_fit(args, task, share, longest, held_out)
-
     torch.manual_seed(args.seed)
-    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = build_model(args.model, len(tokenizer), args.seq_len, token_ids)
+    model = build_model(args.model, len(tokenizer), args.seq_len, special_ids(tokenizer), args.dropout)
     reach = attention_reach(model) if sees_only_itself(model) else None
-    plan = Plan(task, examples, held_out, grad_accum, effective, reach)
-    sample = MicroBatchMaker(args, plan, args.start_stage).micro_batch(range(args.micro_batch))
+    schedule = args.lr_schedule(args.max_steps, tokens_per_step=1)
+    plan = Plan(task, examples, held_out, grad_accum, effective, reach, schedule)
+    return Prepared(args, accelerator, splits, tokenizer, plan, model, share, longest)
 
+
+def main(args: Args) -> int:
+    """Train one run and return its exit code."""
+    ready = prepare(args)
+    args, splits, tokenizer, plan, model = ready.args, ready.splits, ready.tokenizer, ready.plan, ready.model
+    task, held_out = plan.task, plan.held_out
     derived = {
         "max_input_size": task.max_input_size,
         "stages": task.max_lookahead,
         "reachable_lookahead": task.reachable_lookahead,
-        "effective_batch": effective,
-        "grad_accum": grad_accum,
+        "effective_batch": plan.effective_batch,
+        "grad_accum": plan.grad_accum,
         "total_steps": args.max_steps,
-        "share_too_long": share,
-        "longest_example": longest,
+        "share_too_long": ready.share_too_long,
+        "longest_example": ready.longest,
         "held_out_examples": held_out.num_rows,
         "held_out_too_long": held_out.num_too_long,
-        "packed": reach is not None,
+        "packed": plan.reach is not None,
         "positions": getattr(model.config, "max_position_embeddings", None),
         "vocab_size": len(tokenizer),
         "num_parameters": num_parameters(model),
     }
-    with open_run(args, derived, accelerator) as run:
+    with open_run(args, derived, ready.accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
-        say_what_to_know(run, args, plan, share)
-        optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
+        say_what_to_know(run, args, plan, ready.share_too_long)
+        sample = MicroBatchMaker(args, plan, args.start_stage).micro_batch(range(args.micro_batch))
         start, same_run = Progress(stage=args.start_stage), identity(args, plan, splits, tokenizer, model)
-        session = Session(args, run, model, optimizer, packed_loss, sample, start, same_run)
+        session = Session(args, run, model, optimizer_of(args, model), packed_loss, sample, start, same_run)
         session.resume()
         code = train(args, plan, session)
         if code == 0:

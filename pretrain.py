@@ -15,8 +15,11 @@ Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
 
+import bisect
 import functools
 import itertools
+import math
+import resource
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,30 +32,37 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
-from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
+from lm import draws
+from lm.args import below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
+from lm.corpus import File, find_files
+from lm.files import write_json
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
 from lm.loss import MEASURED, means, mixed_loss
 from lm.measure import mean_loss
 from lm.micro_batches import MicroBatches
-from lm.mixed_rows import MixedRows, row_ids, text_rows
-from lm.models import architecture, build_model, num_parameters
-from lm.optim import adamw
+from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
+from lm.models import architecture, build_model, non_embedding_parameters, num_parameters
 from lm.packing import Batch, Loss, attention_reach, sees_only_itself
-from lm.run import EXIT_STOPPED, open_run, run_and_exit, start_accelerator
-from lm.schedule import lr_factor
+from lm.presets import PRESETS
+from lm.profiling import part
+from lm.run import EXIT_STOPPED, main_decides, open_run, run_and_exit, start_accelerator
+from lm.schedule import Schedule, ScheduleName
 from lm.session import Session
 from lm.shards import Pack
 from lm.splits import Splits, open_splits
 from lm.step import plan_batch
 from lm.supply import check_supply, look_again, too_few, wait_for_blocks
-from lm.tokenizer import fingerprint, load_tokenizer
+from lm.text_evaluation import text_loss
+from lm.tokenizer import fingerprint, load_tokenizer, special_ids
+from lm.trainer_args import TrainerArgs, optimizer_of
+from lm.writing import prompt_ids, write
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunArgs):
+class Args(TrainerArgs):
     """One pretraining run."""
 
     scratch_dir: str
@@ -63,54 +73,44 @@ class Args(RunArgs):
     """Folder that build_pretrain.py wrote, or is writing; SCRATCH_DIR/data/c4_packed by default."""
     data_dir: str = ""
     """Folder that build_data_splits.py wrote. With --mixin_percent 0 it may be left out: nothing synthetic is measured then."""
-    pptrain_checkpoint: str = "latest"
-    """latest: of SCRATCH_DIR/pptrain; a folder: a run of pptrain.py, one of its checkpoints, or another model with its
-    tokenizer; none: random weights. A run that goes on keeps what it began with."""
-    total_steps: int
-    """Optimizer steps."""
+    pptrain_checkpoint: str | None = None
+    """What to begin with. latest: of SCRATCH_DIR/pptrain; a folder: a run of pptrain.py, one of its checkpoints, or another
+    model with its tokenizer; none: random weights. By default latest with --data_dir, else none. A run that goes on keeps what
+    it began with."""
+    total_steps: int | None = None
+    """Optimizer steps; by default what --epochs says."""
+    epochs: float | None = None
+    """Passes over the pack instead of --total_steps, rounded down to whole steps; 1 if neither is given."""
 
     model: str = "pythia-160m"
-    """Architecture with --pptrain_checkpoint none (a preset of lm/models.py, a folder with config.json, or a hub name); else
-    that of the checkpoint."""
     seq_len: int | None = None
     """Targets in a row; that of the pack, which it must equal."""
     allow_epochs: bool = False
     """Train on blocks again, in another order, once all have been trained on; without it, a pack that is too short is
-    refused."""
+    refused. --epochs above 1 says it too."""
+    shuffle: bool = False
+    """Take the blocks in an order of the --seed's, in the first pass too, which a finished pack allows; by default they come as
+    they were packed."""
     verify_data: bool = False
     """Compare all checksums of the pack before training; by default each shard's when it is first read."""
     max_wait_sec: float = 3600.0
     """Longest wait for a new shard of a pack that is not finished, in seconds."""
 
-    mixin_percent: float = 0.02
-    """Probability, from 0 to 1, that a row is a synthetic example."""
+    mixin_percent: float | None = None
+    """Probability, from 0 to 1, that a row is a synthetic example; .02 with --data_dir, else 0."""
     mixin_loss: Loss = "answer_only"
     """answer_only: an example's answer and EOS alone train; weighted: all of it, the answer half of its weight. Either way its
     row counts as much as a row of text."""
     micro_batch: int = 4
-    """Rows in one forward pass of one process."""
-    grad_accum: int | None = None
-    """Forward passes in one optimizer step; follows from --effective_batch by default."""
     effective_batch: int | None = None
-    """Rows in one optimizer step over all processes (32 unless --grad_accum is given)."""
+    """Rows in one optimizer step over all processes; by default 32, or without --data_dir what was published for the preset."""
     lr: float = 5e-4
-    """Peak learning rate."""
+    schedule: ScheduleName = "cosine"
     warmup_steps: int = 1000
-    """Optimizer steps of linear warm-up; from there down along half a cosine."""
     min_lr_ratio: float = 0.1
-    """Last learning rate over the peak."""
     weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
     adam_beta2: float = 0.999
-    """Decay of the second moment."""
-    adam_eps: float = 1e-6
-    """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
-    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
 
     eval_every: int = 500
     """Optimizer steps between evaluations."""
@@ -120,16 +120,25 @@ class Args(RunArgs):
     """Held-out synthetic examples, the same at every evaluation."""
     log_every: int = 10
     """Optimizer steps between records."""
+    sample_every: int | None = None
+    """Optimizer steps between texts that the model writes (logs/samples.jsonl); by default at each evaluation, 0 for none."""
+    sample_prompt: str = ""
+    """What these texts go on from; by default the beginning of a document."""
+    sample_tokens: int = 50
+    """Tokens of such a text."""
+    test_documents: tuple[str, ...] = ()
+    """Files (as build_pretrain.py reads them) whose perplexity is measured at the end, for results.json."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = super().faults()
-        found += below(self, 1, "total_steps", "seq_len", "micro_batch", "grad_accum", "effective_batch", "eval_every")
-        found += below(self, 1, "eval_blocks", "eval_subset_size", "log_every")
-        found += below(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "max_wait_sec")
-        found += not_positive(self, "lr", "adam_eps")
-        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "min_lr_ratio")
-        if not 0 <= self.mixin_percent <= 1:
+        found += below(self, 1, "total_steps", "seq_len", "eval_every", "eval_blocks", "eval_subset_size", "log_every")
+        found += below(self, 1, "sample_tokens")
+        found += below(self, 0, "max_wait_sec", "sample_every")
+        found += not_positive(self, "epochs")
+        if self.total_steps is not None and self.epochs is not None:
+            found.append(f"--total_steps {self.total_steps} and --epochs {self.epochs:g}: pass one of them")
+        if not 0 <= (self.mixin_percent or 0) <= 1:
             found.append(f"--mixin_percent {self.mixin_percent}: a probability is needed, for two percent pass 0.02")
         elif self.mixin_percent and not self.data_dir:
             found.append(
@@ -150,6 +159,8 @@ class Plan:
     grad_accum: int
     effective_batch: int  # rows in a step
     packing: str  # the command that packs enough blocks
+    schedule: Schedule
+    prompt: list[int]  # ids that the texts of the model go on from
 
 
 @dataclass
@@ -169,7 +180,8 @@ class Progress(lm.session.Progress):
 FREE = {"output_dir", "scratch_dir", "c4_dir", "data_dir", "pptrain_checkpoint", "model", "seq_len", "resume_from", "force_cpu"}
 FREE |= {"deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints", "wandb_project"}
 FREE |= {"wandb_run_name", "allow_epochs", "verify_data", "max_wait_sec", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"eval_every", "log_every", "ledger"}
+FREE |= {"dirty", "profile"}
+FREE |= {"eval_every", "log_every", "ledger", "epochs", "sample_every", "sample_prompt", "sample_tokens", "test_documents"}
 
 
 def identity(args: Args, plan: Plan, splits: Splits | None, model: PreTrainedModel, beginning: Beginning) -> dict[str, Any]:
@@ -190,16 +202,17 @@ def train(args: Args, plan: Plan, session: Session) -> int:
     while session.progress.step < args.total_steps:
         step, data_step = session.progress.step, session.progress.data_step
         if step == 0:
-            evaluate(args, plan, session)
+            look(args, plan, session)
         before = time.perf_counter()
         if not blocks_are_there(args, plan, session):
             return EXIT_STOPPED
-        lr = args.lr * lr_factor(step, args.total_steps, args.warmup_steps, "cosine", args.min_lr_ratio)
+        lr = args.lr * plan.schedule.factor(step)
         samples = list(samples_of_step(data_step, plan, args, accelerator))
-        micro_batches = make_micro_batches(samples, plan, session.progress, ledger, accelerator)
+        with part("data"):
+            micro_batches = make_micro_batches(samples, plan, session.progress.pass_blocks, ledger, accelerator)
         waited += time.perf_counter() - before
         source = functools.partial(sources, samples, plan, session.progress.pass_blocks)
-        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
+        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
         progress = session.progress  # another one if the run went back to a checkpoint
         progress.c4_block_idx, progress.mixin_idx = plan.mixed.drawn(progress.data_step * plan.effective_batch)
         if result is None:
@@ -213,8 +226,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
             values |= {"c4_block_idx": progress.c4_block_idx, "mixin_idx": progress.mixin_idx}
             run.log.train(step, progress.tokens, **values, wait_sec=round(waited, 4))
             progress.since, waited = dict.fromkeys(MEASURED, 0.0), 0.0
-        if step % args.eval_every == 0 or step == args.total_steps:
-            evaluate(args, plan, session)
+        look(args, plan, session)
         if session.end_step(step == args.total_steps):
             return EXIT_STOPPED
     return 0
@@ -227,16 +239,15 @@ def blocks_are_there(args: Args, plan: Plan, session: Session) -> bool:
     """
     progress, pack = session.progress, plan.mixed.pack
     needed, _ = plan.mixed.drawn((progress.data_step + 1) * plan.effective_batch)
-    if progress.pass_blocks is not None:
-        return True
-    if not wait_for_blocks(session, pack, needed, args.max_wait_sec, plan.packing):
+    if progress.pass_blocks is None and not wait_for_blocks(session, pack, needed, args.max_wait_sec, plan.packing):
         return False
-    if needed > pack.num_blocks:
-        if not (args.allow_epochs and pack.num_blocks):
+    blocks = pack.num_blocks if progress.pass_blocks is None else progress.pass_blocks
+    if needed > blocks:
+        if not (args.allow_epochs and blocks):
             over = f" ({progress.data_offset} steps' rows were stepped over)" if progress.data_offset else ""
-            too_short = f"{pack.folder} has {too_few(pack.num_blocks, needed, plan.packing)}"
+            too_short = f"{pack.folder} has {too_few(blocks, needed, plan.packing)}"
             session.give_up(RuntimeError(f"step {progress.step + 1} finds no text{over}: {too_short}"))
-        progress.pass_blocks = pack.num_blocks
+        progress.pass_blocks = blocks
     return True
 
 
@@ -247,14 +258,15 @@ def samples_of_step(data_step: int, plan: Plan, args: Args, accelerator: Acceler
 
 
 def make_micro_batches(
-    samples: list[range], plan: Plan, progress: Progress, ledger: Ledger, accelerator: Accelerator
+    samples: list[range], plan: Plan, pass_blocks: int | None, ledger: Ledger, accelerator: Accelerator
 ) -> list[Batch]:
     """These samples as rows on the device; no loader processes, for a row costs microseconds, or a millisecond to tokenise."""
     make = plan.mixed.noted_rows if ledger.on else plan.mixed.rows
-    made = ledger.note([make(rows, progress.pass_blocks) for rows in samples])
+    made = ledger.note([make(rows, pass_blocks) for rows in samples])
     if accelerator.device.type == "cuda":
         made = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in made]
-    return send_to_device(made, accelerator.device, non_blocking=True)
+    with part("to_device"):
+        return send_to_device(made, accelerator.device, non_blocking=True)
 
 
 def sources(samples: list[range], plan: Plan, pass_blocks: int | None) -> list[list[tuple]]:
@@ -270,6 +282,21 @@ def account(progress: Progress, measured: tuple[torch.Tensor, ...], accelerator:
     progress.tokens += round(sums[MEASURED.index("c4_targets")] + sums[MEASURED.index("synthetic_targets")])
 
 
+def look(args: Args, plan: Plan, session: Session) -> None:
+    """Evaluate, and let the model write, if it is time to."""
+    step = session.progress.step
+    evaluating = step % args.eval_every == 0 or step == args.total_steps
+    if evaluating:
+        evaluate(args, plan, session)
+    every = args.sample_every
+    if (evaluating if every is None else every and (step % every == 0 or step == args.total_steps)) and session.run.log.main:
+        with part("evaluate"):
+            seed = draws.torch_seed(args.seed, step, 0)
+            text = write(session.bare, plan.mixed.tokenizer, plan.prompt, args.sample_tokens, seed, args.precision)
+        session.run.log.sample(step, prompt=args.sample_prompt, text=text)
+
+
+@part("evaluate")
 def evaluate(args: Args, plan: Plan, session: Session) -> None:
     """Measure the loss on held-out text, and accuracy and loss on the held-out synthetic examples."""
     progress, accelerator = session.progress, session.accelerator
@@ -306,9 +333,8 @@ def make_model(args: Args, beginning: Beginning, tokenizer: PreTrainedTokenizerF
     """The model as it begins, or of the beginning's architecture if the run goes on."""
     torch.manual_seed(args.seed)
     if beginning.load_from is not None:
-        return load_beginning(beginning.load_from, len(tokenizer), seq_len)
-    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return build_model(args.model, len(tokenizer), seq_len, token_ids)
+        return load_beginning(beginning.load_from, len(tokenizer), seq_len, args.dropout)
+    return build_model(args.model, len(tokenizer), seq_len, special_ids(tokenizer), args.dropout)
 
 
 def make_plan(
@@ -317,16 +343,16 @@ def make_plan(
     splits: Splits | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
+    batch: tuple[int, int],
     accelerator: Accelerator,
 ) -> Plan:
-    """Lay out the batch, choose what is held out, and see that text and examples suffice.
+    """Choose what is held out, and see that text and examples suffice; `batch` is (grad_accum, effective_batch).
 
     Raises: ValueError if they do not.
     """
-    effective = args.effective_batch or (32 if args.grad_accum is None else None)
-    grad_accum, effective = plan_batch(args.micro_batch, args.grad_accum, effective, accelerator.num_processes)
+    grad_accum, effective = batch
     synthetic = splits.rows("mixin") if args.mixin_percent else []
-    mixed = MixedRows(pack, synthetic, tokenizer, args.seed, args.mixin_percent, args.mixin_loss)
+    mixed = MixedRows(pack, synthetic, tokenizer, args.seed, args.mixin_percent, args.mixin_loss, args.shuffle)
     held_out_blocks = pack.held_out_blocks()[: args.eval_blocks]
     if not len(held_out_blocks):
         raise ValueError(f"{pack.folder} has no whole block of held-out text: pack again with more of it")
@@ -342,7 +368,13 @@ def make_plan(
         if not held_out.num_rows:
             raise ValueError(f"--seq_len {pack.seq_len} is too short for all held-out examples: pack longer blocks")
     reach = attention_reach(model) if splits and sees_only_itself(model) else None
-    return Plan(mixed, held_out_blocks, held_out, reach, grad_accum, effective, packing)
+    schedule, prompt = args.lr_schedule(args.total_steps, effective * pack.seq_len), prompt_ids(tokenizer, args.sample_prompt)
+    if len(prompt) + args.sample_tokens > pack.seq_len:
+        raise ValueError(
+            f"--sample_prompt of {len(prompt)} tokens and --sample_tokens {args.sample_tokens} do not fit into blocks of"
+            f" {pack.seq_len}: pass fewer"
+        )
+    return Plan(mixed, held_out_blocks, held_out, reach, grad_accum, effective, packing, schedule, prompt)
 
 
 def check_counts(plan: Plan, progress: Progress) -> None:
@@ -355,18 +387,112 @@ def check_counts(plan: Plan, progress: Progress) -> None:
         )
 
 
-def main(args: Args) -> int:
-    """Train one run and return its exit code."""
-    scratch = Path(args.scratch_dir)
-    args = replace(args, output_dir=args.output_dir or str(scratch / "pretrain"))
-    args = replace(args, c4_dir=args.c4_dir or str(scratch / "data/c4_packed"))
+def with_defaults(args: Args) -> Args:
+    """The arguments with what follows from --scratch_dir and --data_dir where nothing is given."""
+    scratch, of_graphs = Path(args.scratch_dir), bool(args.data_dir)
+    begun = scratch / "pptrain"
+    if not of_graphs and args.pptrain_checkpoint is None and (begun / "run.json").exists():
+        raise ValueError(f"{begun} is there: say with --pptrain_checkpoint latest or none whether to begin with it")
+    return replace(
+        args,
+        output_dir=args.output_dir or str(scratch / "pretrain"),
+        c4_dir=args.c4_dir or str(scratch / "data/c4_packed"),
+        pptrain_checkpoint=args.pptrain_checkpoint or ("latest" if of_graphs else "none"),
+        mixin_percent=0.02 * of_graphs if args.mixin_percent is None else args.mixin_percent,
+    )
+
+
+def lay_out(args: Args, beginning: Beginning, num_processes: int) -> tuple[int, int]:
+    """Forward passes of each process and rows of a step, as asked for, or as they are by default."""
+    effective = args.effective_batch
+    if effective is None and args.grad_accum is None:
+        preset = None if args.data_dir or beginning.path else PRESETS.get(args.model)
+        effective = (preset and preset.batch) or 32
+    return plan_batch(args.micro_batch, args.grad_accum, effective, num_processes)
+
+
+def with_steps(args: Args, pack: Pack, effective_batch: int) -> Args:
+    """The arguments with the number of steps that --epochs stands for, rounded down."""
+    if args.shuffle and not pack.finished:
+        raise ValueError(f"{pack.folder} is not finished, which --shuffle needs: wait for build_pretrain.py, or leave it out")
+    if args.total_steps is not None:
+        return args
+    epochs = 1.0 if args.epochs is None else args.epochs
+    if not pack.finished or args.mixin_percent == 1:
+        what = "is not finished" if not pack.finished else "is not read with --mixin_percent 1"
+        raise ValueError(f"{pack.folder} {what}, so that its passes cannot be counted: pass --total_steps")
+    blocks, drawn = math.floor(epochs * pack.num_blocks), Mixture(args.seed, args.mixin_percent).drawn
+    most = range(2 * math.ceil(blocks / effective_batch / (1 - args.mixin_percent)) + 2)
+    steps = bisect.bisect_right(most, blocks, key=lambda steps: drawn(steps * effective_batch)[0]) - 1
+    if steps < 1:
+        raise ValueError(
+            f"{epochs:g} passes over the {pack.num_blocks} blocks of {pack.folder} are not one step of {effective_batch}: pass"
+            " a lower --effective_batch, more --epochs, or pack more"
+        )
+    return replace(args, total_steps=steps, allow_epochs=args.allow_epochs or epochs > 1)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs, before anything of it is written."""
+
+    args: Args
+    accelerator: Accelerator
+    splits: Splits | None
+    beginning: Beginning
+    tokenizer: PreTrainedTokenizerFast
+    plan: Plan
+    model: PreTrainedModel
+
+
+def prepare(args: Args) -> Prepared:
+    """Open the data and build or load the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     check(args.faults())
+    args = with_defaults(args)
     accelerator = start_accelerator(args.precision, args.force_cpu)
     pack, tokenizer = read_pack(args, accelerator)
     splits = open_splits(args.data_dir) if args.data_dir else None
+    test_files(args)  # no file should be missed now and not after the last step
     beginning = choose_beginning(args, tokenizer, pack.folder, accelerator)
+    batch = lay_out(args, beginning, accelerator.num_processes)
+    args = with_steps(args, pack, batch[1])
     model = make_model(args, beginning, tokenizer, pack.seq_len)
-    plan = make_plan(args, pack, splits, model, tokenizer, accelerator)
+    plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
+    return Prepared(args, accelerator, splits, beginning, tokenizer, plan, model)
+
+
+def test_files(args: Args) -> list[File]:
+    """The files of --test_documents. Raises: FileNotFoundError or ValueError if there are none, or of an unknown kind."""
+    return find_files(args.test_documents) if args.test_documents else []
+
+
+def write_results(args: Args, plan: Plan, session: Session, begun: float) -> None:
+    """Write RUN/results.json: perplexity on text trained on, held out and of the test files; time and memory of this start."""
+    progress, accelerator, model = session.progress, session.accelerator, session.bare
+    trained = plan.mixed.pack.blocks(range(min(args.eval_blocks, progress.c4_block_idx)))
+    losses = {"validation": mean_loss(model, plan.held_out_blocks, args.micro_batch, accelerator, args.precision)}
+    if len(trained):
+        losses["train"] = mean_loss(model, trained, args.micro_batch, accelerator, args.precision)
+    if not accelerator.is_main_process:
+        return
+    if files := test_files(args):
+        seq_len, tokenizer = plan.mixed.pack.seq_len, plan.mixed.tokenizer
+        losses["test"] = text_loss(model, tokenizer, files, seq_len, args.micro_batch, args.precision)["loss"]
+    spent = {"wall_sec": round(time.monotonic() - begun, 1), "num_processes": accelerator.num_processes}
+    if accelerator.device.type == "cuda":
+        spent["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    spent["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measured = {split: {"loss": loss, "perplexity": math.exp(loss)} for split, loss in losses.items()}
+    write_json(session.run.folder / "results.json", {**about(progress), **measured, **spent})
+    session.run.log.say("  ".join(f"{split} perplexity {math.exp(loss):.4g}" for split, loss in losses.items()))
+
+
+def main(args: Args) -> int:
+    """Train one run and return its exit code."""
+    begun = time.monotonic()
+    ready = prepare(args)
+    args, splits, beginning, plan, model = ready.args, ready.splits, ready.beginning, ready.plan, ready.model
+    accelerator, tokenizer, pack = ready.accelerator, ready.tokenizer, plan.mixed.pack
 
     blocks, examples = plan.mixed.drawn(args.total_steps * plan.effective_batch)
     derived = {
@@ -388,20 +514,23 @@ def main(args: Args) -> int:
         "positions": getattr(model.config, "max_position_embeddings", None),
         "vocab_size": len(tokenizer),
         "num_parameters": num_parameters(model),
+        "non_embedding_parameters": non_embedding_parameters(model),
     }
     with open_run(args, derived, accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         if beginning.path is not None:
             run.log.say(f"the architecture is that of {beginning.path}, --model counts for random weights only")
-        optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
-        sample, start = text_rows(plan.held_out_blocks[:1]), Progress(pptrain_checkpoint=beginning.path)
+        sample, pass_blocks = text_rows(plan.held_out_blocks[:1]), pack.num_blocks if args.shuffle else None
+        start = Progress(pptrain_checkpoint=beginning.path, pass_blocks=pass_blocks)
         same_run = identity(args, plan, splits, model, beginning)
-        session = Session(args, run, model, optimizer, mixed_loss, sample, start, same_run)
+        session = Session(args, run, model, optimizer_of(args, model), mixed_loss, sample, start, same_run)
         session.resume()
         check_counts(plan, session.progress)
         code = train(args, plan, session)
         if code == 0:
-            session.finish(tokenizer, about(session.progress))
+            without = main_decides(accelerator, lambda: not (run.folder / "results.json").is_file())
+            if session.finish(tokenizer, about(session.progress)) or without:
+                write_results(args, plan, session, begun)
         run.close()
     return code
 

@@ -28,25 +28,26 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lm.session
-from lm.args import RunArgs, below, check, not_positive, outside_0_to_1, parse
+from lm.args import below, check, not_positive, outside_0_to_1, parse
 from lm.ledger import Columns, Ledger
 from lm.loss import cross_entropy_sum
 from lm.measure import mean_loss
 from lm.micro_batches import MicroBatches, load
 from lm.models import architecture, build_model, num_parameters
-from lm.optim import adamw
 from lm.papers import Papers, read_papers
+from lm.profiling import part
 from lm.run import EXIT_STOPPED, open_run, run_and_exit, start_accelerator
 from lm.s3 import S3Folder
-from lm.schedule import Schedule, evaluations_since_best, lr_factor, plateau_factor
+from lm.schedule import Schedule, ScheduleName, evaluations_since_best, plateau_factor
 from lm.session import Session
 from lm.step import plan_batch
-from lm.tokenizer import fingerprint, load_tokenizer
+from lm.tokenizer import fingerprint, load_tokenizer, special_ids
+from lm.trainer_args import TrainerArgs, optimizer_of
 from random_window_dataset import RandomWindowDataset, choose_categories
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunArgs):
+class Args(TrainerArgs):
     """One run of the mixture experiment."""
 
     K: int
@@ -63,42 +64,25 @@ class Args(RunArgs):
     """random: papers with replacement; permutation: every paper once an epoch."""
     category_weighting: Literal["paper", "token", "equal"] = "paper"
     """What a category's share of the examples is proportional to: its papers, its tokens, or nothing (equal shares)."""
-    model: str = "pythia-70m"
-    """Architecture: a preset of lm/models.py, a folder with config.json, or a hub name. Weights are random."""
-
-    micro_batch: int = 16
-    """Windows in one forward pass of one process."""
-    grad_accum: int | None = None
-    """Forward passes in one optimizer step; follows from --effective_batch by default."""
-    effective_batch: int | None = None
-    """Windows in one optimizer step over all processes (512 unless --grad_accum is given)."""
     epochs: float | None = None
     """Passes of one window for each eligible paper; 1 if nothing else says when to end."""
     token_budget: int | None = None
     """Targets to train on in all, rounded down to whole steps; wins over --epochs."""
 
+    model: str = "pythia-70m"
+    micro_batch: int = 16
+    effective_batch: int | None = None
+    """Windows in one optimizer step over all processes (512 unless --grad_accum is given)."""
     lr: float = 3e-4
-    """Peak learning rate."""
-    lr_schedule: Schedule = "constant"
-    """After the warm-up."""
+    schedule: ScheduleName = "constant"
     warmup_steps: int = 100
-    """Optimizer steps of linear warm-up."""
     min_lr_ratio: float = 0.1
-    """Last learning rate over the peak, for cosine and linear."""
     reduce_lr_factor: float = 1.0
     """The learning rate is multiplied by this when the validation loss stops falling; 1.0 turns it off."""
     reduce_lr_patience: int = 5
     """Evaluations without a new best before that."""
     weight_decay: float = 0.01
-    """Of AdamW, on matrices only."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
     adam_beta2: float = 0.95
-    """Decay of the second moment."""
-    adam_eps: float = 1e-6
-    """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
-    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
 
     steps_per_eval_epoch: int = 100
     """Optimizer steps between evaluations."""
@@ -121,11 +105,11 @@ class Args(RunArgs):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = super().faults()
-        found += below(self, 1, "K", "sequence_length", "micro_batch", "grad_accum", "effective_batch", "token_budget")
-        found += below(self, 1, "eval_windows", "steps_per_eval_epoch", "max_eval_epochs", "early_stopping_patience")
-        found += below(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "reduce_lr_patience", "num_workers")
-        found += not_positive(self, "lr", "adam_eps", "epochs")
-        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "min_lr_ratio", "reduce_lr_factor")
+        found += below(self, 1, "K", "sequence_length", "token_budget", "eval_windows", "steps_per_eval_epoch")
+        found += below(self, 1, "max_eval_epochs", "early_stopping_patience")
+        found += below(self, 0, "reduce_lr_patience", "num_workers")
+        found += not_positive(self, "epochs")
+        found += outside_0_to_1(self, "reduce_lr_factor")
         if self.categories and len(set(self.categories)) != self.K:
             found.append(f"--categories {' '.join(self.categories)} with --K {self.K}: name K different ones, or none")
         if self.upload_results_to_s3 and not self.s3_bucket:
@@ -143,6 +127,7 @@ class Plan:
     effective_batch: int  # windows in a step
     tokens_per_step: int
     total_steps: int
+    schedule: Schedule
 
 
 @dataclass
@@ -177,14 +162,15 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
             f"--token_budget {args.token_budget} is less than one step of {effective} windows x {args.sequence_length}"
             f" targets: raise it to {tokens_per_step} or more, or lower --effective_batch"
         )
-    return Plan(train, validation.windows(0, args.eval_windows), grad_accum, effective, tokens_per_step, total_steps)
+    windows, schedule = validation.windows(0, args.eval_windows), args.lr_schedule(total_steps, tokens_per_step)
+    return Plan(train, windows, grad_accum, effective, tokens_per_step, total_steps, schedule)
 
 
 # What may change between a run and its continuation: nothing here enters a number (the split of a batch does only as float
 # order). The number of steps may too, while the learning rate does not depend on it.
 FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
 FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "data_dir", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"ledger"}
+FREE |= {"ledger", "dirty", "profile"}
 FREE |= {"epochs", "token_budget", "max_eval_epochs", "early_stopping_patience", "num_workers", "verify_data"}
 FREE |= {"upload_results_to_s3", "s3_bucket", "s3_prefix", "model"}
 
@@ -193,7 +179,7 @@ def identity(args: Args, plan: Plan, papers: Papers, model: PreTrainedModel) -> 
     """What makes two runs the same run; a checkpoint only continues a run with the same."""
     files = {name: papers.meta["files"][name]["sha256"] for name in ("tokens.bin", "index.jsonl", "splits.json")}
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
-    if args.lr_schedule != "constant" or args.reduce_lr_factor != 1.0 or args.early_stopping_patience is not None:
+    if args.schedule not in ("constant", "gpt3") or args.reduce_lr_factor != 1.0 or args.early_stopping_patience is not None:
         settings["total_steps"] = plan.total_steps
     settings |= {"categories": plan.train.categories, "effective_batch": plan.effective_batch, "data": files}
     return settings | {"architecture": architecture(model)}
@@ -240,12 +226,14 @@ def train(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokeniz
         if loader is None:
             micro_batches = micro_batch_sampler(data_step, plan, args, accelerator)
             loader = load(dataset, micro_batches, args.num_workers, accelerator)
-        lr = args.lr * lr_factor(step, plan.total_steps, args.warmup_steps, args.lr_schedule, args.min_lr_ratio)
+        lr = args.lr * plan.schedule.factor(step)
         lr *= plateau_factor(session.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
-        windows = ledger.note([next(loader) for _ in range(plan.grad_accum)])
-        micro_batches = [batch.to(accelerator.device, non_blocking=True) for batch in windows]
+        with part("data"):
+            windows = ledger.note([next(loader) for _ in range(plan.grad_accum)])
+        with part("to_device"):
+            micro_batches = [batch.to(accelerator.device, non_blocking=True) for batch in windows]
         source = functools.partial(sources, data_step, plan, args, accelerator)
-        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source)
+        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
         if result is None:
             session.end_rollback()
             loader = None  # the run went back to a checkpoint, and goes on with other data
@@ -275,6 +263,7 @@ def sources(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) ->
     return [plan.train.sources(rows) for rows in itertools.islice(sampler, plan.grad_accum)]
 
 
+@part("evaluate")
 def evaluate(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
     """Measure the validation loss, and keep the model if it is the best so far."""
     progress = session.progress
@@ -304,8 +293,19 @@ def result_files(folder: Path) -> list[str]:
     return [str(name) for name in names if name.parts[0] not in ("checkpoints", "wandb")]
 
 
-def main(args: Args) -> int:
-    """Train one run and return its exit code."""
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs, before anything of it is written."""
+
+    accelerator: Accelerator
+    papers: Papers
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    model: PreTrainedModel
+
+
+def prepare(args: Args) -> Prepared:
+    """Read the data and build the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     check(args.faults())
     accelerator = start_accelerator(args.precision, args.force_cpu)
     if args.upload_results_to_s3 and accelerator.is_main_process:
@@ -315,11 +315,17 @@ def main(args: Args) -> int:
     tokenizer = load_tokenizer(papers.folder / "tokenizer")
     if fingerprint(tokenizer) != papers.meta["tokenizer"]["fingerprint"]:
         raise ValueError(f"{papers.folder}/tokenizer did not make {papers.folder}/tokens.bin: run fetch_arxiv.py again")
-
     torch.manual_seed(args.seed)
-    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = build_model(args.model, papers.meta["vocab_size"], args.sequence_length, token_ids)
+    vocab_size = papers.meta["vocab_size"]
+    model = build_model(args.model, vocab_size, args.sequence_length, special_ids(tokenizer), args.dropout)
+    return Prepared(accelerator, papers, tokenizer, plan, model)
 
+
+def main(args: Args) -> int:
+    """Train one run and return its exit code."""
+    ready = prepare(args)
+    accelerator, papers, tokenizer = ready.accelerator, ready.papers, ready.tokenizer
+    plan, model = ready.plan, ready.model
     derived = {
         "categories": plan.train.categories,
         "category_shares": plan.train.category_shares,
@@ -334,9 +340,8 @@ def main(args: Args) -> int:
     }
     with open_run(args, derived, accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
-        optimizer = adamw(model, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_eps, args.weight_decay)
-        sample = torch.from_numpy(plan.validation[:1])
-        session = Session(args, run, model, optimizer, window_loss, sample, Progress(), identity(args, plan, papers, model))
+        sample, same_run = torch.from_numpy(plan.validation[:1]), identity(args, plan, papers, model)
+        session = Session(args, run, model, optimizer_of(args, model), window_loss, sample, Progress(), same_run)
         session.resume()
         code = train(args, plan, session, tokenizer)
         if code == 0:

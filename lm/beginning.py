@@ -113,13 +113,13 @@ def check_same_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, pack:
         )
 
 
-def load_beginning(path: Path, vocab_size: int, min_positions: int) -> PreTrainedModel:
-    """The model in `path`, ready to train on contexts of `min_positions` tokens.
+def load_beginning(path: Path, vocab_size: int, min_positions: int, dropout: float | None = None) -> PreTrainedModel:
+    """The model in `path`, ready to train on contexts of `min_positions` tokens; `dropout` as in `lm.models.build_model`.
 
     Raises: FileNotFoundError or ValueError as `lm.models.load_model` does; ValueError if it has fewer embeddings than
         `vocab_size`, or a table with fewer positions.
     """
-    model = load_model(path)
+    model = load_model(path, dropout)
     if (rows := len(model.get_input_embeddings().weight)) < vocab_size:
         raise ValueError(f"{path} has a vocabulary of {rows}, {vocab_size} are needed: {REMEDY}")
     ensure_positions(model.config, min_positions, str(path))

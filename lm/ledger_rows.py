@@ -135,7 +135,7 @@ class TextRows:
 
     def __init__(self, history: History, faults: Faults):
         self.faults, self.mixture = faults, Mixture(history.args["seed"], history.args["mixin_percent"])
-        self.blocks = Passes("block", history.state.get("pass_blocks"), True, faults)
+        self.blocks = Passes("block", history.state.get("pass_blocks"), not history.args.get("shuffle"), faults)
         self.mixin = Passes("synthetic example", history.derived["mixin_rows"] or None, False, faults)
         self.next, self.before = -1, (0, 0)  # a sample, and how many blocks and synthetic examples come before it
 

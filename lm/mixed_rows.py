@@ -60,6 +60,7 @@ class MixedRows(Mixture):
         seed: decides which samples are synthetic, and the orders.
         share: the probability that a sample is synthetic.
         loss: what of a synthetic row trains (see `lm.packing.pack`).
+        shuffle: also the first pass takes the blocks in an order of the seed's; `pass_blocks` must be known then.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class MixedRows(Mixture):
         seed: int,
         share: float,
         loss: Loss = "answer_only",
+        shuffle: bool = False,
     ):
         super().__init__(seed, share)
-        self.pack, self.synthetic, self.tokenizer, self.loss = pack, synthetic, tokenizer, loss
+        self.pack, self.synthetic, self.tokenizer, self.loss, self.shuffle = pack, synthetic, tokenizer, loss, shuffle
 
     def rows(self, samples: range, pass_blocks: int | None = None) -> Batch:
         """These samples, n rows of T = `pack.seq_len` targets, as `text_rows` gives them.
@@ -81,8 +83,8 @@ class MixedRows(Mixture):
         loss of every row counts the same.
 
         Args:
-            pass_blocks: blocks in a pass over the pack; the first is in their order, later ones each in another. None: the
-                first never ends.
+            pass_blocks: blocks in a pass over the pack; the first is in their order (unless `shuffle`), later ones each in
+                another. None: the first never ends.
         """
         return self._rows(*self._what(samples, pass_blocks))
 
@@ -150,7 +152,7 @@ class MixedRows(Mixture):
         return synthetic, blocks, [self._shuffled("mixin", example + n, len(self.synthetic)) for n in range(count)]
 
     def _block(self, number: int, pass_blocks: int | None) -> int:
-        if pass_blocks is None or number < pass_blocks:
+        if pass_blocks is None or (number < pass_blocks and not self.shuffle):
             return number
         return self._shuffled("blocks", number, pass_blocks)
 

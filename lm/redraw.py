@@ -114,7 +114,8 @@ def _texts(args: dict[str, Any], identity: dict[str, Any], rows_of: TextRows) ->
     tokenizer, data = load_tokenizer(pack.folder / "tokenizer"), _hashes(splits.meta["files"]) if splits else {}
     _refuse_others(identity, pack=pack.identity, tokenizer=fingerprint(tokenizer), data=data)
     synthetic = splits.rows("mixin") if splits and args["mixin_percent"] else []
-    mixed = MixedRows(pack, synthetic, tokenizer, args["seed"], args["mixin_percent"], args["mixin_loss"])
+    choices = args["seed"], args["mixin_percent"], args["mixin_loss"], args.get("shuffle", False)
+    mixed = MixedRows(pack, synthetic, tokenizer, *choices)
 
     def draw(example: int) -> dict[str, Any]:
         pass_blocks, (blocks, _) = rows_of.blocks.length, mixed.drawn(example + 1)

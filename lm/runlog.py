@@ -1,5 +1,6 @@
 """The records of a run: JSONL first, and the screen and Weights & Biases from the same record."""
 
+import html
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ import orjson
 from tqdm import tqdm
 
 from lm.files import read_jsonl, whole_file
+from lm.profiling import part
 
 CLOCK_FIELDS = ("timestamp", "tokens_per_sec", "wait_sec")  # the only fields in which a repeated run may differ
 SCREEN_EVERY_SEC = 5.0
@@ -67,6 +69,7 @@ class RunLog:
                 _cut(path, size)
             self._start_bar(step)
 
+    @part("log")
     def train(self, step: int, tokens: int, **values: Any) -> None:
         """Record one optimizer step; `tokens` counts all targets trained on so far."""
         if self.main:
@@ -79,6 +82,7 @@ class RunLog:
             if self._wandb:
                 self._wandb.log({f"train/{key}": value for key, value in record.items()}, step=step)
 
+    @part("log")
     def evaluation(self, step: int, **values: Any) -> None:
         """Record one evaluation."""
         if self.main:
@@ -89,6 +93,17 @@ class RunLog:
             if self._wandb:
                 self._wandb.log({f"eval/{key}": value for key, value in values.items()}, step=step)
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record a text that the model has written."""
+        if self.main:
+            self._append("logs/samples.jsonl", {"step": step, "prompt": prompt, "text": text, "timestamp": time.time()})
+            self.say(f"step {step} writes: {prompt}|{text}")
+            if self._wandb:
+                import wandb
+
+                self._wandb.log({"sample": wandb.Html(f"<pre>{html.escape(prompt + text)}</pre>")}, step=step)
+
+    @part("log")
     def ledger(self, step: int, **values: Any) -> None:
         """Record which examples formed one optimizer step (lm/ledger.py)."""
         if self.main:

@@ -16,6 +16,7 @@ from lm import draws
 from lm.args import RunArgs
 from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields, set_aside
 from lm.files import read_json
+from lm.profiling import Profile, part
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
 from lm.run import Run, main_decides
 from lm.step import LossSum, StepResult, settle, train_step
@@ -63,6 +64,7 @@ class Session:
         self.progress, self.identity = progress, identity
         self.rollbacks: Counter[int] = Counter()
         self._rolled_back: dict[str, Any] = {}  # what the event says of it
+        self.profile: Profile | None = None
 
     def resume(self) -> None:
         """Go on from the checkpoint that the arguments name, or save the beginning as step 0.
@@ -74,11 +76,12 @@ class Session:
             refuse_another_run(path, read_fields(path / "state.json", {"identity": dict})["identity"], self.identity)
             self._restore(path)
         main_decides(self.accelerator, lambda: self.run.log.cut_back(self.progress.step))
-        self.run.log.event(
-            "resumed" if path else "started", step=self.progress.step, num_processes=self.accelerator.num_processes
-        )
+        now = {"step": self.progress.step, "num_processes": self.accelerator.num_processes} | self.run.tree.record
+        self.run.log.event("resumed" if path else "started", **now)
         if path is None or path.resolve().parent != self.checkpoints.folder.resolve():
             self._save()
+        if self.args.profile:
+            self.profile = Profile(self.run, self.bare)
 
     def make_step(
         self,
@@ -87,6 +90,7 @@ class Session:
         lr: float,
         max_grad_norm: float,
         source: Callable[[], Any],
+        beta1: float | None = None,
     ) -> StepResult | None:
         """One optimizer step, or None if it stayed non-finite and the run went back to its last checkpoint (`lm.recovery`).
 
@@ -96,13 +100,14 @@ class Session:
             weight: what this process's losses weigh together.
             max_grad_norm: 0 clips nothing.
             source: says where the rows came from, for the saved batch.
+            beta1: as in `lm.step.train_step`.
         """
         progress, accelerator = self.progress, self.accelerator
 
         def attempt() -> StepResult:  # the seed is for dropout
             torch.manual_seed(draws.torch_seed(self.args.seed, progress.data_step, accelerator.process_index))
             clip = max_grad_norm or math.inf
-            return train_step(accelerator, self.model, self.optimizer, micro_batches, self.loss_sum, weight, lr, clip)
+            return train_step(accelerator, self.model, self.optimizer, micro_batches, self.loss_sum, weight, lr, clip, beta1)
 
         where = {"step": progress.step + 1, "data_step": progress.data_step}
         result = step_or_none(self.run, where, micro_batches, attempt, source)
@@ -117,6 +122,8 @@ class Session:
         stop = self._agree_to_stop()
         if stop or done or self.progress.step % self.args.checkpoint_interval_steps == 0:
             self._save()
+        if self.profile is not None:
+            self.profile.step(self.progress.step)
         if stop and not done:
             self._say_stopped(stop)
         return bool(stop) and not done
@@ -135,8 +142,8 @@ class Session:
         self._finish_writing()  # together: a launcher that sees one process end would not let the main one finish writing
         raise error
 
-    def finish(self, tokenizer, about: dict[str, Any]) -> None:
-        """Write the final model, with what its folder says of it."""
+    def finish(self, tokenizer, about: dict[str, Any]) -> bool:
+        """Write the final model, with what its folder says of it; False if that was done before."""
         final = self.run.folder / "final"
         self._finish_writing()
 
@@ -148,11 +155,12 @@ class Session:
 
         if main_decides(self.accelerator, is_written):
             self.run.log.say(f"{self.run.folder} was finished before")
-            return
+            return False
         if self.accelerator.is_main_process:
             self.checkpoints.save_model(final, self.bare, tokenizer, about)
         self._finish_writing()
         self.run.log.event("finished", **about)
+        return True
 
     def _agree_to_stop(self) -> int:
         """The signal that came to any process, or 0. Raises: RuntimeError if a checkpoint could not be written."""
@@ -192,6 +200,7 @@ class Session:
         if scaler is not None:
             scaler.load_state_dict(state["loss_scale"])
 
+    @part("checkpoint")
     def _save(self) -> None:
         """Checkpoint everything; the log up to here is made durable first."""
         self.run.log.sync()

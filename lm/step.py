@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from lm.optim import set_beta1
+from lm.profiling import part
+
 LossSum = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, ...]]
 
 
@@ -69,6 +72,7 @@ def train_step(
     weight: float,
     lr: float,
     max_grad_norm: float,
+    beta1: float | None = None,
 ) -> StepResult:
     """Update `model` once with the gradient of (sum of all losses) / (sum of all weights), over every process.
 
@@ -78,12 +82,15 @@ def train_step(
             likes, one more tensor that the caller wants to have (`StepResult.outcomes`).
         weight: what this process's losses weigh together: its number of targets, for a plain language model.
         max_grad_norm: the gradient is scaled down to this L2 norm if it is longer; infinity turns that off.
+        beta1: the optimizer's first beta, or its momentum, for this step; None leaves it as it is.
 
     With fp16, a gradient that overflows under the loss scale lowers the scale, and the step is made again with the same
     micro-batches, so that no example is lost to it.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if beta1 is not None:
+        set_beta1(optimizer, beta1)
     scaler = accelerator.scaler  # None but for fp16
     first_scale = scaler and scaler.get_scale()
     while True:
@@ -105,27 +112,33 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
     for number, micro_batch in enumerate(micro_batches, 1):
         last = number == len(micro_batches)
         with nullcontext() if last else accelerator.no_sync(model):  # the forward pass too: in it DDP decides whether to reduce
-            loss, finite, *outcome = loss_sum(model, micro_batch)
-            accelerator.backward(loss * scale)
+            with part("forward"):
+                loss, finite, *outcome = loss_sum(model, micro_batch)
+            with part("backward"):
+                accelerator.backward(loss * scale)
         losses.append(loss.detach().double())
         finite_logits.append(finite)
         outcomes += outcome
     losses, finite_logits = torch.stack(losses), torch.stack(finite_logits)
 
-    accelerator.unscale_gradients()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    param_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+    with part("clip"):
+        accelerator.unscale_gradients()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        param_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
     bad = (~(losses.isfinite() & finite_logits)).sum() + ~grad_norm.isfinite()  # reduced: all processes decide together
-    sums = accelerator.reduce(torch.stack([losses.sum(), bad.double()]), "sum")
-    loss, bad, norm, param_norm = torch.stack(
-        [sums[0] / total_weight, sums[1], grad_norm.double(), param_norm.double()]
-    ).tolist()  # the one wait for the device before the update
+    with part("wait"):
+        sums = accelerator.reduce(torch.stack([losses.sum(), bad.double()]), "sum")
+        loss, bad, norm, param_norm = torch.stack(
+            [sums[0] / total_weight, sums[1], grad_norm.double(), param_norm.double()]
+        ).tolist()  # the one wait for the device before the update
     applied = bad == 0
     clipped = norm * min(1.0, max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ scales
     faults = () if applied else _faults(accelerator.unwrap_model(model), losses, finite_logits)
     if applied:  # clipped only now: by a norm that is NaN, every gradient would become NaN, and none could be named
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, grad_norm)
-        optimizer.step()
+        with part("clip"):
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, grad_norm)
+        with part("optimizer"):
+            optimizer.step()
     elif accelerator.scaler is not None:
         accelerator.scaler.update()  # lowers the scale after an overflow
     optimizer.zero_grad()

@@ -71,6 +71,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """bos_token_id, eos_token_id and pad_token_id, for the configuration of a model."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def token_dtype(num_ids: int) -> str:
     """The narrowest dtype for ids 0 ... `num_ids` - 1 in a data file: "uint16" up to 65,536 ids, else "uint32"."""
     return "uint16" if num_ids <= 2**16 else "uint32"

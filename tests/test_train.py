@@ -179,15 +179,15 @@ def test_a_final_model_without_checkpoints_is_not_replaced(uninterrupted, tmp_pa
 
 
 def test_another_schedule_or_other_data_is_another_run(in_process, papers_dir, tmp_path):
-    in_process(token_budget=576, lr_schedule="cosine")
+    in_process(token_budget=576, schedule="cosine")
     with pytest.raises(ValueError, match="total_steps: saved 2, now 3"):
-        in_process(token_budget=864, lr_schedule="cosine")
+        in_process(token_budget=864, schedule="cosine")
     other = shutil.copytree(papers_dir, tmp_path / "data")
     change_meta(other, lambda meta: meta["files"]["tokens.bin"].update(sha256="0" * 64))
     with pytest.raises(ValueError, match="data: saved"):
-        in_process(token_budget=576, lr_schedule="cosine", data_dir=other)
+        in_process(token_budget=576, schedule="cosine", data_dir=other)
     with pytest.raises(ValueError, match="tokens.bin has SHA-256"):
-        in_process(token_budget=576, lr_schedule="cosine", data_dir=other, verify_data=True)
+        in_process(token_budget=576, schedule="cosine", data_dir=other, verify_data=True)
 
 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(in_process, papers_dir, tmp_path):

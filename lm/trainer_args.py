@@ -1,0 +1,97 @@
+"""The arguments that decide an update, the same for every trainer; each trainer has defaults of its own."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lm.args import RunArgs, below, not_positive, outside_0_to_1
+from lm.optim import Decay, OptimizerName, make_optimizer
+from lm.schedule import Schedule, ScheduleName
+
+ONE_CYCLE = ("pct_start", "div_factor", "final_div_factor", "three_phase", "cycle_momentum")
+SCHEDULE = ("schedule", "warmup_steps", "min_lr_ratio", *ONE_CYCLE, "decay_share", "warmup_tokens", "decay_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerArgs(RunArgs):
+    """What every trainer takes beside where the run lies and how it is looked after."""
+
+    model: str
+    """Architecture, with random weights: a preset of lm/presets.py, a folder with config.json, or a hub name."""
+    dropout: float | None = None
+    """Probability of every dropout of the model; by default that of the preset or configuration."""
+    micro_batch: int
+    """Rows (windows, examples) in one forward pass of one process."""
+    grad_accum: int | None = None
+    """Forward passes in one optimizer step; follows from --effective_batch by default."""
+    effective_batch: int | None = None
+    """Rows in one optimizer step over all processes."""
+
+    optimizer: OptimizerName = "adamw"
+    """adamw; adamw8bit: its moments in 8 bits; adafactor: second moments of rows and columns alone; muon: orthogonalised
+    momentum for the matrices of the body, AdamW for all else; sgd: with momentum --adam_beta1."""
+    lr: float
+    """Peak learning rate."""
+    schedule: ScheduleName
+    """What the learning rate does after its warm-up: constant; cosine or linear to the end; one_cycle: up and down, with a
+    warm-up of its own; wsd: constant, then down in the last steps; gpt3: cosine over a number of tokens."""
+    warmup_steps: int
+    """Optimizer steps of linear warm-up (one_cycle and gpt3 have their own)."""
+    min_lr_ratio: float
+    """Last learning rate over the peak, for cosine, linear, wsd and gpt3."""
+    pct_start: float = 0.3
+    """one_cycle: share of the steps in which the learning rate rises."""
+    div_factor: float = 25.0
+    """one_cycle: peak over first learning rate."""
+    final_div_factor: float = 1e4
+    """one_cycle: first over last learning rate."""
+    three_phase: bool = False
+    """one_cycle: as long down to the first learning rate as up, and from there to the last."""
+    cycle_momentum: bool = False
+    """one_cycle: the first beta, or momentum, goes from .95 to .85 and back while the learning rate rises and falls."""
+    decay_share: float = 0.1
+    """wsd: share of the steps in which the learning rate falls."""
+    warmup_tokens: int = 375_000_000
+    """gpt3: tokens of linear warm-up."""
+    decay_tokens: int = 260_000_000_000
+    """gpt3: tokens until the learning rate is at its last value."""
+    weight_decay: float
+    """Of the weights, decoupled from the gradient (of sgd, a part of it)."""
+    decay: Decay = "matrices"
+    """What decays: matrices and embeddings, or all, norms and biases too, as in OLMo."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float
+    """Decay of the second moment."""
+    adam_eps: float = 1e-6
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults()
+        found += below(
+            self, 1, "micro_batch", "grad_accum", "effective_batch", "decay_tokens", "div_factor", "final_div_factor"
+        )
+        found += below(self, 0, "warmup_steps", "warmup_tokens", "weight_decay", "max_grad_norm")
+        found += not_positive(self, "lr", "adam_eps")
+        found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "min_lr_ratio", "pct_start", "decay_share")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            found.append(f"--dropout {self.dropout}: a probability from 0 to less than 1 is needed")
+        if self.cycle_momentum and self.schedule != "one_cycle":
+            found.append(f"--cycle_momentum with --schedule {self.schedule}: it belongs to one_cycle")
+        if self.cycle_momentum and self.optimizer == "adafactor":
+            found.append("--cycle_momentum with --optimizer adafactor, which has no momentum: leave it out")
+        return found
+
+    def lr_schedule(self, total_steps: int, tokens_per_step: int) -> Schedule:
+        """The schedule that these arguments name."""
+        options = {name: getattr(self, name) for name in SCHEDULE[1:]}
+        return Schedule(name=self.schedule, total_steps=total_steps, tokens_per_step=tokens_per_step, **options)
+
+
+def optimizer_of(args: TrainerArgs, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that these arguments name."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    return make_optimizer(args.optimizer, model, args.lr, betas, args.adam_eps, args.weight_decay, args.decay)
