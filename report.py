@@ -21,7 +21,6 @@ Writes  report/{context_loss,excess,loss_against_k}.png, report.json and report.
         report/ledger.json in the run's folder
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ import tyro
 from lm.commands import run_command
 from lm.curriculum import Course, read_course, rows_for_screen, search_lines, stages_passed, where_line, whereabouts
 from lm.exactly_once import check_ledger, in_words
-from lm.files import whole_file, write_json
+from lm.files import whole_file, write_json, write_lines
 from lm.ledger import compare_ledgers, comparison_in_words
 from lm.measure import bin_centres, context_bins
 from lm.mixtures import Result, analyse, by_K, find_results
@@ -50,6 +49,7 @@ from lm.plots import (
     tokens_figure,
 )
 from lm.pretraining import Pretraining, Setting, by_setting, column, differences, read_pretrainings
+from lm.tables import markdown
 from lm.token_savings import compare
 
 
@@ -101,12 +101,6 @@ def report_folder(args: Curriculum | Pretrain, made_by: str) -> Path:
         needed = "--output_dir is needed: pass it" if args.runs else f"a folder of {made_by} is needed: pass one or more"
         raise ValueError(f"{len(args.runs)} runs, {needed}")
     return args.output_dir or args.runs[0] / "report"
-
-
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write each row as a line of JSON."""
-    with whole_file(path) as partial:
-        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def draw(folder: Path, summary: dict[int, dict[str, Any]], num_positions: int) -> list[Path]:
@@ -163,13 +157,6 @@ def table(summary: dict[int, dict[str, Any]]) -> str:
         cells = [_text(*row[key]) if key in row else "-" for key in COLUMNS]
         rows.append([str(K), str(row["num_runs"]), *cells, f"{np.log(K):.3f}"])
     return markdown(rows)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def _text(value: float, se: float) -> str:

@@ -13,4 +13,4 @@ def run_command(commands: dict[str, tuple[type, Callable[[Any], int | None]]], a
     """
     kinds = {name: kind for name, (kind, _) in commands.items()}
     args = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, use_underscores=True)
-    return next(run for kind, run in commands.values() if isinstance(args, kind))(args) or 0
+    return next(run for kind, run in commands.values() if type(args) is kind)(args) or 0

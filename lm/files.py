@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,12 @@ def read_jsonl(path: Path | str, made_by: str) -> list[dict]:
         if rows and not line.endswith(b"\n"):
             raise ValueError(f"{path} line {number} has no end, so the file may have been cut there: {remedy}")
     return rows
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write each row as a line of JSON."""
+    with whole_file(path) as partial:
+        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_sealed(path: Path | str, value: dict[str, Any]) -> None:

@@ -255,6 +255,74 @@ def tokens_figure(path: Path, panels: Sequence[Panel]) -> None:
         fig.align_ylabels()
 
 
+def lr_range_figure(
+    path: Path, lrs: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marks: dict[str, float], title: str
+) -> None:
+    """Losses against learning rate (log axis), faint, with the smoothed ones, and a labelled line at each of the `marks`.
+
+    What is shown ends a little above the highest loss before the smoothed one was lowest: a divergence would flatten the rest.
+    """
+    low, before = min(losses), max(losses[: int(np.argmin(smoothed)) + 1])
+    height = (before - low) or 1.0
+    with figure(path, width=8.0) as (axes,):
+        axes.plot(lrs, losses, color="tab:blue", alpha=0.35, lw=1.0, label="loss of each step")
+        axes.plot(lrs, smoothed, color="tab:blue", label="smoothed")
+        for number, (label, lr) in enumerate(marks.items(), 1):
+            axes.axvline(lr, color=f"C{number}", ls=("--", ":", "-.")[number % 3], lw=1.4, label=f"{label}: {lr:.2g}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)", title=title)
+        axes.set_ylim(low - 0.05 * height, before + 0.25 * height)
+        _legend_beside(axes)
+
+
+def decisions_figure(path: Path, rows: Sequence[dict], target: str) -> None:
+    """Decision accuracy against the share of the target's compute, a panel for each task and a line for each measure.
+
+    Args: rows: of lm.decisions.decision_table; the first measure of a task is shown with its interval.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    measures = list(dict.fromkeys(row["measure"] for row in rows))
+    columns = min(len(tasks), 4)
+    num_rows = -(-len(tasks) // columns)
+    with figure(path, columns, width=3.0 * columns + 3.0, rows=num_rows, height=2.7 * num_rows + 1.0) as all_axes:
+        for axes, task in zip(all_axes, tasks, strict=False):
+            _draw_decisions(axes, [row for row in rows if row["task"] == task], measures)
+            axes.set_title(task)
+        for axes in all_axes[len(tasks) :]:
+            axes.remove()
+        for axes in all_axes[max(0, len(tasks) - columns) : len(tasks)]:
+            axes.xaxis.set_tick_params(labelbottom=True)  # also where the panel below has been removed
+        fig = all_axes[0].figure
+        labels = {line.get_label(): line for axes in all_axes[: len(tasks)] for line in axes.get_lines()}
+        fig.legend(
+            labels.values(), labels.keys(), loc="outside right upper", title="shaded: 95 % interval\nof the first measure"
+        )
+        fig.supxlabel(f"compute, % of {target}")
+        fig.supylabel("decision accuracy")
+
+
+def _draw_decisions(axes: Axes, rows: Sequence[dict], measures: Sequence[str]) -> None:
+    """The lines of one task; each measure has one colour and marker in all panels."""
+    for measure in measures:
+        mine = [row for row in rows if row["measure"] == measure and row["decision_accuracy"] is not None]
+        if not mine:
+            continue
+        x, y, low, high = (
+            np.array([row[key] for row in mine]) for key in ("compute_share", "decision_accuracy", "low", "high")
+        )
+        number = measures.index(measure)
+        color = _color(number, len(measures), ordered=False)
+        axes.plot(100 * x, y, marker="osD^vPX*"[number % 8], ms=4, lw=1.3, color=color, label=measure)
+        if measure == rows[0]["measure"]:
+            axes.fill_between(100 * x, low, high, color=color, alpha=0.15, lw=0)
+            axes.vlines(100 * x, low, high, color=color, alpha=0.4, lw=1.0)  # with a single size there is no area
+    axes.axhline(0.5, color="black", lw=0.8, ls="--", label="chance")
+    axes.set(xscale="log", ylim=(-0.03, 1.03))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def _key(axes: Axes, styles: dict[str, str]) -> None:
     """A legend for kinds of lines, whatever their colour."""
     for label, style in styles.items():

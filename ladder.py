@@ -1,0 +1,300 @@
+"""Which data is better, told from small runs: a ladder of recipes x sizes x seeds, planned, run and decided on.
+
+    python ladder.py plan --sizes 4M,6M,8M,10M --recipes recipes/ --seeds 3         # a table: lr, batch, steps, FLOPs, hours
+    python ladder.py run --sizes 4M,6M,8M,10M --recipes recipes/ --seeds 3 --tasks sciq,arc_easy --rows samples/tasks
+    python ladder.py submit --sizes 4M,6M,8M,10M --recipes recipes/ --seeds 3 --sbatch "--partition=gpu --time=12:00:00"
+    python ladder.py decide ladder --target 10M                                     # or DataDecide's published results
+
+What follows " -- " goes to pretrain.py: python ladder.py run --sizes 4M -- --micro_batch 8 --precision fp32
+
+A recipe is a folder that build_pretrain.py wrote (--output_dir recipes/NAME). Each is trained at each size with each seed,
+as DataDecide does (Magnusson et al., arXiv 2504.11393): OLMo's architecture, learning rate, batch, warmup and length by their
+formulas of the number of parameters. What is done is skipped, and what was stopped goes on where it was.
+
+Reads   RECIPES/*/ (build_pretrain.py); `decide`: LADDER, or the published table (Parquet, CSV, JSON Lines)
+Writes  LADDER/plan.json, LADDER/<recipe>/<size>/seed<k>/ (a run of pretrain.py each, with its evaluation/) and .log
+        `decide`: decisions.json, .jsonl, .md and .png
+Exits   `run`: 0 when all is done, 75 when stopped by a signal (the same command goes on), 1 if a run has failed
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from lm.args import below, check, not_positive
+from lm.commands import run_command
+from lm.decisions import decision_table
+from lm.files import whole_file, write_json, write_lines
+from lm.ladder_plan import Cell, find_recipes, make_plan, rows_of_plan
+from lm.ladder_results import read_results
+from lm.ladder_run import Command, Environment, Runner, is_done
+from lm.plots import decisions_figure
+from lm.tables import markdown
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Print what would be run: for each size parameters, learning rate, batch, steps, tokens, FLOPs and hours."""
+
+    sizes: str
+    """Rungs of the OLMo ladder with commas between (4M ... 1B), or other presets of lm/presets.py."""
+    recipes: Path = Path("recipes")
+    """Folder of packs, each in a folder of its own, whose name is the recipe's."""
+    only: tuple[str, ...] = ()
+    """Names of recipes; by default all that are there."""
+    seeds: int = 3
+    """Runs of each recipe at each size; a seed decides initial weights and the order of the data."""
+    ladder: Path = Path("ladder")
+    """Folder of all its runs."""
+    tokens_per_parameter: float = 100.0
+    """Length of each run."""
+    tokens: int | None = None
+    """Length of each run in tokens, the same for all sizes, instead."""
+    batch: int | None = None
+    """Rows in a step instead of the formula's, which is for millions of tokens."""
+    allow_epochs: bool = False
+    """Let runs read a pack more than once if it is too short."""
+    further: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Arguments for pretrain.py: those after " -- "."""
+    mfu: float = 0.3
+    """Share of the peak that training reaches, for the hours."""
+    peak_tflops: float = 989.0
+    """Of one device in bf16, for the hours: 989 for H100 and H200, 312 for A100."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = below(self, 1, "seeds", "tokens", "batch") + not_positive(self, "tokens_per_parameter", "mfu", "peak_tflops")
+        if not self.sizes.strip(","):
+            found.append("--sizes is empty: pass rungs such as 4M,6M")
+        return found
+
+    def cells(self) -> list[Cell]:
+        """The runs of this plan. Raises: FileNotFoundError or ValueError for what does not fit."""
+        check(self.faults())
+        packs, sizes = find_recipes(self.recipes, self.only), [size for size in self.sizes.split(",") if size]
+        of_run = self.tokens_per_parameter, self.tokens, self.batch, self.allow_epochs
+        return make_plan(packs, sizes, self.seeds, self.ladder, *of_run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Plan):
+    """Run the plan here, several runs at once; what is done is skipped."""
+
+    tasks: str = ""
+    """Tasks that each finished model is measured on (evaluate_model.py tasks), with commas between."""
+    rows: Path | None = None
+    """Folder of the tasks' rows; without it they come from the hub."""
+    limit: int | None = None
+    """Questions of each task, the first; by default all."""
+    texts: tuple[str, ...] = ()
+    """NAME=FILE of texts on which the loss of each finished model is measured (evaluate_model.py text)."""
+    gpus: str | None = None
+    """Ids of the GPUs with commas between; by default CUDA_VISIBLE_DEVICES, or all that there are."""
+    gpus_per_run: int = 1
+    """GPUs that one run is spread over."""
+    per_gpu: int = 1
+    """Runs that share a GPU, if they fit into its memory; small models leave most of one idle."""
+    workers: int = 1
+    """Runs at once where there is no GPU."""
+    cell: int | None = None
+    """Run only this one, by its number in plan.json: what a task of a SLURM array does."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults() + below(self, 1, "gpus_per_run", "per_gpu", "workers", "limit")
+        if self.per_gpu > 1 and self.gpus_per_run > 1:
+            found.append("--per_gpu and --gpus_per_run are both above 1: share GPUs among runs, or spread runs over them")
+        for text in self.texts:
+            name, _, file = text.partition("=")
+            if not name or not file or not Path(file).exists():
+                found.append(f"--texts {text}: NAME=FILE of a file that exists is needed")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submit(Run):
+    """Submit the plan to SLURM as one array, a task for each run that is not done."""
+
+    sbatch: str = ""
+    """Further options of sbatch in one string; they override those in scripts/ladder_job.sh."""
+    at_once: int | None = None
+    """Tasks that run at the same time, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decide:
+    """Say how often the smaller sizes choose the better of two recipes, as the target size ranks them."""
+
+    results: tyro.conf.Positional[Path]
+    """Folder of a ladder, or the published results: a Parquet, CSV or JSON Lines file, or a folder of Parquet files."""
+    target: str
+    """Size that tells which of two recipes is better."""
+    tasks: str = ""
+    """Tasks with commas between; by default all that were measured."""
+    measures: str = ""
+    """Measures of the small sizes with commas between; by default that which decides at the target, and DataDecide's four."""
+    step: Literal["last", "common"] = "last"
+    """Of each size the last step that every recipe has reached with one seed, or with all."""
+    output_dir: Path | None = None
+    """Where the answers go; by default RESULTS, or the folder of the file."""
+
+
+def plan(args: Plan) -> None:
+    """Print the plan, and write it down."""
+    cells = args.cells()
+    write_plan(args, cells)
+    print(markdown(rows_of_plan(cells, args.peak_tflops, args.mfu)))
+    print(f"hours of one device of {args.peak_tflops:g} TFLOP/s at {args.mfu:.0%}; runs one by one in {args.ladder}/plan.json")
+
+
+def write_plan(args: Plan, cells: Sequence[Cell]) -> None:
+    """Write LADDER/plan.json: every run with its number."""
+    args.ladder.mkdir(parents=True, exist_ok=True)
+    told = []
+    for number, cell in enumerate(cells):
+        paths = {"pack": str(cell.pack), "folder": str(cell.folder)}
+        costs = {"tokens": cell.tokens, "flops": cell.flops, "hours": cell.hours(args.peak_tflops, args.mfu)}
+        told.append({"cell": number, "name": cell.name} | asdict(cell) | paths | costs)
+    write_json(args.ladder / "plan.json", told)
+
+
+def commands(args: Run, cell: Cell) -> list[Command]:
+    """What is to be done for a cell: train, then measure."""
+    settings = cell.settings() | {"scratch_dir": args.ladder, "sample_every": 0, "allow_epochs": args.allow_epochs}
+    launch = [sys.executable]
+    if args.gpus_per_run > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus_per_run}"]
+    own = [f"--{key}" if value is True else f"--{key}={value}" for key, value in settings.items() if value is not False]
+    done = [[*launch, str(ROOT / "pretrain.py"), *own, *args.further]]
+    measure = [sys.executable, str(ROOT / "evaluate_model.py")]
+    if args.tasks:
+        options = [f"--rows={args.rows}"] * bool(args.rows) + [f"--limit={args.limit}"] * bool(args.limit)
+        done.append([*measure, "tasks", str(cell.folder), f"--tasks={args.tasks}", *options])
+    for text in args.texts:
+        name, _, file = text.partition("=")
+        done.append([*measure, "text", str(cell.folder), f"--documents={file}", f"--name={name}"])
+    return done
+
+
+def slots(args: Run, cells: Sequence[Cell]) -> list[Environment]:
+    """The environment of each of the runs at once. Raises: ValueError if there are too few GPUs, or they are too small."""
+    visible = args.gpus if args.gpus is not None else os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(n) for n in range(torch.cuda.device_count())] if visible is None else [g for g in visible.split(",") if g]
+    if not gpus or not torch.cuda.is_available():
+        threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
+        return [{"OMP_NUM_THREADS": str(threads)}] * args.workers
+    if len(gpus) < args.gpus_per_run:
+        raise ValueError(f"--gpus_per_run {args.gpus_per_run}, but there are {len(gpus)} GPUs: pass fewer")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    largest = max(cells, key=lambda cell: cell.memory(micro_batch_of(args)))
+    if (needed := args.per_gpu * largest.memory(micro_batch_of(args))) > memory:
+        raise ValueError(
+            f"--per_gpu {args.per_gpu} runs of {largest.size} need about {needed / 2**30:.0f} GiB, a GPU has"
+            f" {memory / 2**30:.0f}: pass fewer, or a smaller one after -- --micro_batch"
+        )
+    groups = [gpus[n : n + args.gpus_per_run] for n in range(0, len(gpus) - args.gpus_per_run + 1, args.gpus_per_run)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups for _ in range(args.per_gpu)]
+
+
+def micro_batch_of(args: Plan) -> int:
+    """Rows in a forward pass of every run."""
+    words = " ".join(args.further).replace("-", "_").replace("=", " ").split()
+    return int(words[words.index("__micro_batch") + 1]) if "__micro_batch" in words else 4
+
+
+def run(args: Run) -> int:
+    """Do what is not done yet, and say what became of it."""
+    cells = args.cells()
+    if args.cell is None:
+        write_plan(args, cells)
+    elif 0 <= args.cell < len(cells):
+        cells = [cells[args.cell]]
+    else:
+        raise ValueError(f"--cell {args.cell}: the plan has cells 0 to {len(cells) - 1}")
+    work = [(cell, commands(args, cell)) for cell in cells]
+    left = [(cell, todo) for cell, todo in work if not is_done(cell, todo)]
+    print(f"{len(work)} runs, {len(work) - len(left)} done before")
+    return Runner(slots(args, cells), lambda text: print(text, flush=True)).run(left) if left else 0
+
+
+def submit(args: Submit) -> int:
+    """Hand the runs that are not done to sbatch; returns its exit code."""
+    if shutil.which("sbatch") is None:
+        raise RuntimeError("no sbatch here, a SLURM cluster is needed: log in to it, or use ladder.py run")
+    cells = args.cells()
+    write_plan(args, cells)
+    left = [number for number, cell in enumerate(cells) if not is_done(cell, commands(args, cell))]
+    if not left:
+        print("nothing to do: all runs are done")
+        return 0
+    array = ",".join(map(str, left)) + (f"%{args.at_once}" if args.at_once else "")
+    own = {
+        key: value
+        for key, value in asdict(args).items()
+        if key not in ("sbatch", "at_once", "cell", "gpus", "workers", "further")
+    }
+    words: list[str] = []
+    for key, value in own.items():
+        if isinstance(value, tuple):
+            words += [f"--{key}", *value] if value else []
+        elif value is not None and value is not False and value != "":
+            words.append(f"--{key}" if value is True else f"--{key}={value}")
+    words += ["--", *args.further] if args.further else []
+    command = ["sbatch", f"--array={array}", *shlex.split(args.sbatch), "scripts/ladder_job.sh", *words]
+    print(shlex.join(command), flush=True)
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def decide(args: Decide) -> None:
+    """Read, compare, draw, write, and say what was found."""
+    rows = decision_table(read_results(args.results, args.step), args.target, _named(args.measures), _named(args.tasks))
+    folder = args.output_dir or (args.results if args.results.is_dir() else args.results.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    decisions_figure(folder / "decisions.png", rows, args.target)
+    write_json(folder / "decisions.json", {"target": args.target, "rows": rows})
+    write_lines(folder / "decisions.jsonl", rows)
+    table = markdown(rows_of_decisions(rows))
+    with whole_file(folder / "decisions.md") as partial:
+        partial.write_text(f"# Decisions, as {args.target} ranks the recipes\n\n{table}\n\n![decisions](decisions.png)\n")
+    print(f"{table}\nfigure: {folder}/decisions.png, results: {folder}/decisions.json, .jsonl, .md")
+
+
+def _named(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
+
+
+def rows_of_decisions(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The decisions as cells of a table."""
+    cells = [["task", "size", "compute", "measure", "decision accuracy", "95 % interval", "pairs", "spread / seed noise"]]
+    for row in rows:
+        shown = [f"{row[key]:.2f}" if row[key] is not None else "-" for key in ("decision_accuracy", "low", "high")]
+        ratio = "-" if row["spread_to_noise"] is None else f"{row['spread_to_noise']:.2g}"
+        first = [row["task"], row["size"], f"{100 * row['compute_share']:.2g} %", row["measure"]]
+        cells.append([*first, shown[0], f"{shown[1]} to {shown[2]}", str(row["num_pairs"]), ratio])
+    return cells
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the first argument names; returns the exit code."""
+    own = sys.argv[1:] if argv is None else argv
+    cut = own.index("--") if "--" in own else len(own)
+    further = {"further": tuple(own[cut + 1 :])}
+    commands = {name: (kind, lambda args, do=do: do(replace(args, **further))) for name, (kind, do) in OF_PLANS.items()}
+    return run_command(commands | {"decide": (Decide, decide)}, own[:cut])
+
+
+OF_PLANS = {"plan": (Plan, plan), "run": (Run, run), "submit": (Submit, submit)}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Ladders: what is planned, and that it is run once, whole, and goes on after a stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from packs import SEQ_LEN, write_pack
+from text import byte_level_bpe, documents
+from training import ROOT, kill
+
+import ladder
+from lm.checkpoint import Checkpoints
+from lm.files import read_json, read_jsonl
+from lm.ladder_plan import Cell, find_recipes, make_plan, rows_of_plan
+from lm.ladder_run import Runner, is_done
+from lm.presets import PRESETS
+
+TOKENIZER = byte_level_bpe()
+TINY = [
+    "--",
+    "--micro_batch=4",
+    "--precision=fp32",
+    "--eval_every=10",
+    "--eval_blocks=4",
+    "--force_cpu",
+    "--dirty",
+    "--checkpoint_interval_steps=5",
+]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """Two packs of different text; not to be changed."""
+    folder = tmp_path_factory.mktemp("recipes")
+    write_pack(folder / "python", TOKENIZER)
+    write_pack(folder / "other", TOKENIZER, source={"documents": "others"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "held.jsonl"
+    file.write_text("".join(json.dumps({"text": part}) + "\n" for part in documents()[-3:]))
+    return file
+
+
+def arguments(command, recipes, folder, **changes):
+    options = {"sizes": "neox-64x2", "recipes": recipes, "ladder": folder, "seeds": 2, "tokens": 192 * 8 * 12, "batch": 8}
+    return [command, *(f"--{key}={value}" for key, value in (options | changes).items()), *TINY]
+
+
+def cells_of(recipes, folder, sizes=("neox-64x2",), **changes):
+    return make_plan(find_recipes(recipes), sizes, 2, folder, **{"tokens": 192 * 8 * 12, "batch": 8} | changes)
+
+
+def start(arguments, out):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open(out, "a") as file:
+        command = [sys.executable, ROOT / "ladder.py", *arguments]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def test_a_rung_of_the_published_vocabulary_has_the_published_settings(tmp_path):
+    import torch
+
+    pack = write_pack(tmp_path / "recipes/neox", TOKENIZER, vocab_size=50_280)
+    (found,) = find_recipes(pack.parent).values()
+    found.seq_len = 2048  # only its numbers count
+    cells = make_plan({"neox": found}, ("4M", "90M", "530M"), 1, tmp_path, allow_epochs=True)
+    for cell in cells:
+        preset = PRESETS[cell.model]
+        assert (cell.parameters, cell.batch, f"{cell.lr:.1e}") == (preset.parameters, preset.batch, f"{preset.lr:.1e}")
+        assert preset.steps - cell.steps in range(10, 22), "the published ones are some 11 to 21 longer"
+        assert cell.vocab_rows == 50_304
+        assert cell.flops == 6.0 * cell.parameters * cell.steps * cell.batch * 2048
+    assert cells[0].hours(peak_tflops=100, mfu=0.5) == cells[0].flops / 50e12 / 3600
+    with torch.device("meta"):
+        assert cells[0].all_parameters == cells[0].parameters + 50_304 * 64
+
+
+def test_a_plan_has_every_recipe_at_every_size_with_every_seed_the_smallest_first(recipes, tmp_path):
+    cells = cells_of(recipes, tmp_path, ("neox-128x2", "neox-64x2"))
+    assert [cell.name for cell in cells] == [
+        f"{recipe}/{size}/seed{seed}"
+        for size in ("neox-64x2", "neox-128x2")
+        for recipe in ("other", "python")
+        for seed in (0, 1)
+    ]
+    assert {(cell.steps, cell.tokens, cell.warmup_steps) for cell in cells} == {(12, 192 * 8 * 12, 1)}
+    table = rows_of_plan(cells, 100.0, 0.5)
+    assert [row[:2] for row in table[1:]] == [["neox-64x2", "4"], ["neox-128x2", "4"], ["all", "8"]]
+    assert table[-1][7] == f"{8 * 192 * 8 * 12:,}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": ("5M",)}, r"--sizes 5M is no rung \(4M, 6M, .*1B\) and no preset"),
+        ({"tokens": 10**6}, r"other at neox-64x2 needs [\d,]+ blocks, .*other has 284: pack more"),
+        ({"tokens": 99}, r"neox-64x2 would train for less than a step of 8 rows"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(changes, message, recipes, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        cells_of(recipes, tmp_path, **changes)
+
+
+def test_recipes_of_other_block_lengths_or_names_are_refused(recipes, tmp_path):
+    write_pack(tmp_path / "recipes/a", TOKENIZER)
+    write_pack(tmp_path / "recipes/b", TOKENIZER, seq_len=96)
+    with pytest.raises(ValueError, match=r"not of one tokenizer and block length \(a: .*blocks of 192; b: .*blocks of 96\)"):
+        find_recipes(tmp_path / "recipes")
+    assert list(find_recipes(tmp_path / "recipes", ["b"])) == ["b"]
+    with pytest.raises(FileNotFoundError, match=r"no recipe c in .*found: a, b\): make it with build_pretrain.py"):
+        find_recipes(tmp_path / "recipes", ["b", "c"])
+    with pytest.raises(FileNotFoundError, match="no packs in"):
+        find_recipes(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_a_stopped_ladder_goes_on_and_does_nothing_twice(recipes, text, tmp_path):
+    own = arguments("run", recipes, tmp_path / "ladder", texts=f"held={text}", workers=2, seeds=1)
+    process = start(own, tmp_path / "out")
+    try:
+        wait_for_a_checkpoint(tmp_path / "ladder", process, tmp_path / "out")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 75, (tmp_path / "out").read_text()
+    finally:
+        kill(process)
+    assert not list((tmp_path / "ladder").rglob("cell.json"))
+    process = start(own, tmp_path / "out")
+    try:
+        assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()
+    finally:
+        kill(process)
+    cells = [cell for cell in cells_of(recipes, tmp_path / "ladder") if cell.seed == 0]
+    for cell in cells:
+        assert read_json(cell.folder / "final/about.json", "")["step"] == 12
+        assert [row["step"] for row in read_jsonl(cell.folder / "logs/train.jsonl", "")][-1] == 12
+        assert 0 < read_json(cell.folder / "evaluation/final_text_held.json", "")["loss"] < 7
+        assert (cell.folder / "cell.json").is_file()
+    events = [json.loads(line)["event"] for line in (cells[0].folder / "events.jsonl").read_text().splitlines()]
+    assert events == ["started", "stopped", "resumed", "finished"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ladder").rglob("*") if path.is_file()}
+    assert ladder.main(own) == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "ladder").rglob("*") if path.is_file()}
+    assert [path.name for path in after if after[path] != before.get(path)] == ["plan.json"]
+    plan = read_json(tmp_path / "ladder/plan.json", "")
+    assert [row["name"] for row in plan] == [cell.name for cell in cells]
+
+
+def wait_for_a_checkpoint(folder, process, out):
+    deadline = time.monotonic() + 120
+    while not any(Checkpoints(path, 1).paths()[1:] for path in folder.glob("*/*/*/checkpoints")):
+        assert process.poll() is None, out.read_text()
+        assert time.monotonic() < deadline, out.read_text()
+        time.sleep(0.01)
+
+
+def cell(name, folder):
+    return Cell(name, "s", 0, folder, folder / name, "neox-64x2", 1, 1, 0.1, 8, 1, 12, 192, 300)
+
+
+def test_a_failing_cell_is_named_and_stops_no_other(tmp_path):
+    said, python = [], [sys.executable, "-c"]
+    work = [(cell(name, tmp_path), [[*python, f"raise SystemExit({code})"]]) for name, code in (("a", 0), ("b", 3), ("c", 0))]
+    assert Runner([{}], said.append).run(work) == 1
+    assert said[-1] == "failed: b/s/seed0; see their .log, then run the same command again"
+    assert any(line.startswith("exit code 3, see ") for line in said)
+    assert [is_done(*one) for one in work] == [True, False, True]
+    assert not is_done(work[0][0], [["another", "command"]])
+
+
+def test_a_slot_is_never_shared_by_two_cells(tmp_path):
+    script = "import os, sys, time; p = os.environ['SLOT']; os.mkdir(p); time.sleep(.2); os.rmdir(p)"
+    slots = [{"SLOT": str(tmp_path / f"slot{n}")} for n in range(2)]
+    work = [(cell(name, tmp_path), [[sys.executable, "-c", script]]) for name in "abcde"]
+    assert Runner(slots, lambda _: None).run(work) == 0
+
+
+def test_bad_arguments_are_said_before_anything_runs(recipes, tmp_path):
+    for changes, message in (
+        ({"texts": "held"}, r"--texts held: NAME=FILE of a file that exists"),
+        ({"per_gpu": 2, "gpus_per_run": 2}, "--per_gpu and --gpus_per_run are both above 1"),
+        ({"cell": 9}, "--cell 9: the plan has cells 0 to 3"),
+        ({"seeds": 0}, "--seeds 0: at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ladder.main(arguments("run", recipes, tmp_path / "ladder", **changes))
+    assert not (tmp_path / "ladder").exists()
+
+
+def test_without_slurm_submit_says_so(recipes, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no sbatch here"):
+        ladder.main(arguments("submit", recipes, tmp_path / "ladder"))
+
+
+def test_seeds_differ_in_weights_and_in_the_order_of_the_data():
+    from lm.mixed_rows import MixedRows
+
+    class Blocks:
+        seq_len = SEQ_LEN
+
+    orders = [[MixedRows(Blocks, [], None, seed, 0.0, shuffle=True)._block(n, 50) for n in range(100)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))
+        assert order[:50] != order[50:]
