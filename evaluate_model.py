@@ -1,4 +1,4 @@
-"""Measure a language model on what it never trained on: `context` on papers, `search` on questions of graph search.
+"""Measure a language model on what it never trained on: papers, questions of graph search, benchmark tasks, files of text.
 
     python evaluate_model.py context runs/K4_seed0                           # a run of train.py, its final model
     python evaluate_model.py context EleutherAI/pythia-70m-deduped --data_dir preprocessed_arxiv --sequence_length 256 \
@@ -6,6 +6,8 @@
     python evaluate_model.py search S/pptrain                                # a run of pptrain.py or pretrain.py
     python evaluate_model.py search EleutherAI/pythia-160m --data_dir S/data/nl_splits/mis384_look64_seed12345 \
         --output_dir evaluation/pythia-160m
+    python evaluate_model.py tasks S/pretrain --rows samples/tasks           # lm-eval's tasks; without --rows from the hub
+    python evaluate_model.py text S/pretrain --documents samples/papers/test.json.gz
 
 `context` makes two measurements on one split, for each category:
 - the loss at each position of random windows. The windows are a function of (data, category, --seed), the same for
@@ -17,19 +19,27 @@ Standard errors are between papers: tokens and windows of one paper are not inde
 `search` lets the model go on from each prompt with its most likely tokens. The first word is its answer, right if it is any of
 the valid ones; accuracy by lookahead stands beside that of choosing a child of the current vertex at random.
 
+`tasks` has lm-eval score the choices of multiple-choice questions and makes DataDecide's measures of their likelihoods
+(lm/choice_measures.py): accuracies, of which each task has a primary one, and four that move earlier in training. MMLU is asked
+like the others, for the text of the answer, and is the mean over its subjects.
+
+`text` measures the loss of every token but the first of files of text, documents joined by EOS as in pretraining.
+
 Reads   RUN/run.json, RUN/{final,best,checkpoints/step_*}/ or any model; the folder written by fetch_arxiv.py (`context`) or
-        build_data_splits.py (`search`)
+        build_data_splits.py (`search`); rows of tasks by fetch_samples.py (`tasks`); JSON Lines, Parquet or text (`text`)
 Writes  RUN/evaluation/CHECKPOINT_SPLIT.json (results), .npz (the loss of every window), .png (loss against context)
         RUN/evaluation/CHECKPOINT_search_SPLIT.json (results), .jsonl (every answer), .png (accuracy by lookahead)
+        RUN/evaluation/CHECKPOINT_tasks.json (results), .jsonl (the log-likelihoods of every choice)
+        RUN/evaluation/CHECKPOINT_text_NAME.json (results)
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,18 +49,24 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from lm.args import below, check
 from lm.commands import run_command
-from lm.evaluation import Evaluation, position_record, read_evaluation, score_record, write_evaluation
+from lm.corpus import digest, find_files
+from lm.evaluation import Evaluation, position_record, read_evaluation, score_record, score_table, write_evaluation
 from lm.files import sha256
 from lm.generation import greedy
-from lm.measure import bin_centres, binned, context_bins, document_losses, mean_and_se, window_losses
+from lm.measure import bin_centres, binned, context_bins, mean_and_se
 from lm.models import load_model
+from lm.paper_losses import all_window_losses, paper_totals, papers_to_score
 from lm.papers import Papers, read_papers
 from lm.plots import Curve, accuracy_figure, context_loss_figure
 from lm.questions import Exam, read_questions, set_exam
-from lm.search_evaluation import UNKNOWN, read_search, score, search_record, write_search
+from lm.search_evaluation import UNKNOWN, read_search, score, search_record, search_table, write_search
+from lm.task_results import read_record, task_table, write_tasks
+from lm.text_evaluation import read_text, text_loss, text_table, write_text
 from lm.tokenizer import fingerprint, load_tokenizer
 from lm.trained import check_model, find_config, find_model, step_of
 from random_window_dataset import RandomWindowDataset
+
+T = TypeVar("T", bound="OfText")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +77,8 @@ class Measurement:
     """A run folder, a folder that transformers loads, or a hub name."""
     checkpoint: str = "final"
     """Of a run: final, best, latest, or step_00000200."""
-    split: str = "test"
-    """What to measure on: of papers train, validation or test; of questions eval, test or mixin."""
     micro_batch: int = 64
-    """Windows or questions in one forward pass, at most."""
+    """Windows, questions or prompts in one forward pass, at most."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision; parameters stay float32."""
     force_cpu: bool = False
@@ -85,6 +99,8 @@ class Context(Measurement):
 
     data_dir: Path | None = None
     """Folder written by fetch_arxiv.py; default: the one that the run trained on."""
+    split: str = "test"
+    """What to measure on: train, validation or test."""
     categories: tuple[str, ...] = ()
     """Names, or `all` of the data, or `trained` (the run's); default: trained for a run, all for another model."""
     sequence_length: int | None = None
@@ -105,10 +121,51 @@ class Search(Measurement):
 
     data_dir: Path | None = None
     """Folder written by build_data_splits.py; default: the one of the run."""
+    split: str = "test"
+    """What to measure on: eval, test or mixin."""
     max_examples: int | None = None
     """Questions, the first of the split; default: all."""
     tokenizer: str | None = None
     """A folder with tokenizer.json, or a hub name; default: the one beside the model, or the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfText(Measurement):
+    """What the measurements on text of any kind take."""
+
+    seq_len: int | None = None
+    """Longest context, in tokens; default: the run's, or else what the model has positions for."""
+    tokenizer: str | None = None
+    """A folder with tokenizer.json, or a hub name; default: the one beside the model, or the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks(OfText):
+    """Measure accuracy and likelihoods on multiple-choice tasks, as DataDecide does."""
+
+    tasks: str = "arc_challenge,arc_easy,boolq,hellaswag,mmlu,openbookqa,piqa,sciq,winogrande"
+    """Names with commas between; also commonsense_qa and social_iqa."""
+    rows: Path | None = None
+    """Folder of the tasks' rows, TASK/validation.jsonl (fetch_samples.py), from which few-shot examples are drawn too; no
+    network is touched then. Default: lm-eval fetches them from the hub, and evaluates on the test split where there is one."""
+    num_fewshot: int = 0
+    """Answered examples before each question."""
+    limit: int | None = None
+    """Questions of each task, or subject of MMLU, the first; default: all."""
+    micro_batch: int = 32
+    """Prompts in one forward pass, at most; fewer where their logits would pass 1 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(OfText):
+    """Measure loss, perplexity and bits per byte on files of text."""
+
+    documents: tuple[str, ...]
+    """Files, folders or patterns of JSON Lines, Parquet or text, as build_pretrain.py takes them."""
+    text_column: str = "text"
+    """Key or column of the text."""
+    name: str | None = None
+    """What the results are called; default: the first file's name up to its first dot."""
 
 
 MEASURED = ("split", "categories", "sequence_length", "num_windows", "max_test_papers", "seed", "precision")
@@ -166,68 +223,31 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def papers_to_score(args: Context, papers: Papers, category: str) -> np.ndarray:
-    """The papers of one category in the split with at least one target, at most --max_test_papers of them."""
-    split = papers.splits[args.split]
-    mine = split[(papers.categories[split] == papers.category_names.index(category)) & (papers.lengths[split] > 1)]
-    if args.max_test_papers is None or len(mine) <= args.max_test_papers:
-        return mine
-    return np.sort(np.random.default_rng(args.seed).choice(mine, args.max_test_papers, replace=False))
-
-
 def measure(args: Context, model: torch.nn.Module, papers: Papers, samplers: dict[str, RandomWindowDataset]) -> Evaluation:
     """Both measurements on every category."""
-    chosen = {name: papers_to_score(args, papers, name) for name in samplers}
+    chosen = {name: papers_to_score(papers, args.split, name, args.max_test_papers, args.seed) for name in samplers}
     num_tokens = sum(args.num_windows * args.sequence_length + int((papers.lengths[c] - 1).sum()) for c in chosen.values())
-    categories, losses, paper_of, totals = {}, {}, {}, []
+    categories, losses, paper_of, totals, at_once = {}, {}, {}, [], 8 * args.micro_batch
     with progress(num_tokens) as bar:
         for name, sampler in samplers.items():
             bar.set_description(name, refresh=False)
-            losses[name] = random_window_losses(args, model, sampler, bar)
+            windows = (
+                sampler.windows(start, min(at_once, args.num_windows - start)) for start in range(0, args.num_windows, at_once)
+            )
+            losses[name] = all_window_losses(model, windows, args.micro_batch, args.precision, name, bar.update)
             paper_of[name], _ = sampler.locate(0, args.num_windows)
-            totals.append(paper_totals(args, model, papers, chosen[name], bar))
+            totals.append(
+                paper_totals(model, papers, chosen[name], args.sequence_length, args.micro_batch, args.precision, bar.update)
+            )
             categories[name] = position_record(losses[name], paper_of[name]) | score_record(totals[-1])
     record = {"categories": categories, "overall": score_record(np.concatenate(totals))}
     return Evaluation(record=record, losses=losses, papers=paper_of)
 
 
-def progress(num_tokens: int) -> tqdm:
+def progress(total: int | None, unit: str = "tok") -> tqdm:
     """A bar on a terminal; a line every half minute in a log."""
     every = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=num_tokens, unit="tok", unit_scale=True, mininterval=every, maxinterval=every)
-
-
-def random_window_losses(args: Context, model: torch.nn.Module, sampler: RandomWindowDataset, bar: tqdm) -> np.ndarray:
-    """(num_windows, sequence_length) nats."""
-    parts = []
-    for start in range(0, args.num_windows, 8 * args.micro_batch):
-        windows = sampler.windows(start, min(8 * args.micro_batch, args.num_windows - start))
-        parts.append(window_losses(model, windows, args.micro_batch, args.precision))
-        bar.update(parts[-1].size)
-    losses = np.concatenate(parts)
-    if not np.isfinite(losses).all():
-        window, position = np.argwhere(~np.isfinite(losses))[0]
-        raise RuntimeError(
-            f"{', '.join(sampler.categories)}: the loss of window {window} at position {position} is"
-            f" {losses[window, position]}, finite ones are needed: the weights are damaged, or try --precision fp32"
-        )
-    return losses
-
-
-def paper_totals(args: Context, model: torch.nn.Module, papers: Papers, chosen: np.ndarray, bar: tqdm) -> np.ndarray:
-    """(papers, 2): the summed loss of each paper, in nats, and its number of targets."""
-    texts = [papers.tokens[papers.offsets[paper] :][: papers.lengths[paper]] for paper in chosen]
-    for paper, text in zip(chosen, texts, strict=True):
-        if text.max() >= papers.meta["vocab_size"]:
-            raise ValueError(
-                f"paper {papers.paper_ids[paper]} has id {text.max()}, outside the vocabulary of {papers.meta['vocab_size']}:"
-                f" {papers.folder} is damaged, make it again with fetch_arxiv.py"
-            )
-    totals = []
-    for total in document_losses(model, texts, args.sequence_length, args.micro_batch, args.precision):
-        totals.append(total)
-        bar.update(total[1])
-    return np.array(totals)
+    return tqdm(total=total, unit=unit, unit_scale=True, mininterval=every, maxinterval=every)
 
 
 def draw(path: Path, evaluation: Evaluation, title: str) -> None:
@@ -238,22 +258,6 @@ def draw(path: Path, evaluation: Evaluation, title: str) -> None:
         mean, se = mean_and_se(binned(losses.astype(np.float64), bins), evaluation.papers[name])
         curves.append(Curve(label=name, x=bin_centres(bins), mean=mean, se=se))
     context_loss_figure(path, curves, title)
-
-
-def table(record: dict) -> str:
-    """Loss and perplexity of each category and overall, for the screen."""
-    rows = [("category", "loss (nats/token)", "perplexity", "papers", "tokens")]
-    for name, row in [*record["categories"].items(), ("overall", record["overall"])]:
-        se = "" if row["loss_se"] is None else f" ± {row['loss_se']:.4f}"
-        perplexity, papers, tokens = f"{row['perplexity']:.2f}", f"{row['num_papers']:,}", f"{row['num_tokens']:,}"
-        rows.append((name, f"{row['loss']:.4f}{se}", perplexity, papers, tokens))
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, with columns of one width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def is_there(path: Path, overwrite: bool, depends_on: dict, read: Callable[[Path], dict], table: Callable[[dict], str]) -> bool:
@@ -287,7 +291,7 @@ def context(args: Context) -> None:
     }
     path = args.output_dir / f"{checkpoint}_{args.split}.json"
     depends_on = measured(args, source, papers)
-    if is_there(path, args.overwrite, depends_on, lambda path: read_evaluation(path).record, table):
+    if is_there(path, args.overwrite, depends_on, lambda path: read_evaluation(path).record, score_table):
         return
 
     evaluation = measure(args, load_model(source).to(args.device), papers, samplers)
@@ -295,7 +299,7 @@ def context(args: Context) -> None:
     title = f"Loss against context length: {Path(args.model).name}, {checkpoint}, {args.split} papers"
     draw(path.with_suffix(".png"), evaluation, title)
     write_evaluation(path, evaluation)  # last: with it the evaluation counts as done
-    print(table(evaluation.record))
+    print(score_table(evaluation.record))
     if args.max_test_papers is not None:
         print(f"perplexity on at most {args.max_test_papers} papers per category (--max_test_papers)")
     print(f"results: {path}, figure: {path.with_suffix('.png')}")
@@ -307,16 +311,22 @@ def complete_search(args: Search, source: str, run: dict | None) -> Search:
     Raises: ValueError, all faults together.
     """
     own = run["args"] if run and {"curr_threshold", "mixin_percent"} & run["args"].keys() else {}
-    beside = source if not Path(source).is_dir() or (Path(source) / "tokenizer.json").is_file() else None
     data_dir = args.data_dir or own.get("data_dir")
-    packed_with = Path(own["c4_dir"]) / "tokenizer" if "c4_dir" in own else None
-    tokenizer = args.tokenizer or beside or own.get("tokenizer") or packed_with
+    tokenizer = args.tokenizer or find_tokenizer(source, own)
     output_dir = args.output_dir or (Path(args.model) / "evaluation" if run else None)
     needed = {"data_dir": data_dir, "tokenizer": tokenizer, "output_dir": output_dir}
     found = f"{args.model} is no run of pptrain.py or pretrain.py to take it from"
     faults = [f"no --{name}, and {found}: pass it" for name, value in needed.items() if not value]
     check(faults + below(args, 1, "max_examples", "micro_batch"))
     return replace(args, data_dir=Path(data_dir), tokenizer=str(tokenizer), output_dir=Path(output_dir))
+
+
+def find_tokenizer(source: str, own: dict) -> str | None:
+    """The tokenizer beside a model, or else that of the data which the arguments of its run name."""
+    if not Path(source).is_dir() or (Path(source) / "tokenizer.json").is_file():
+        return source
+    data = own.get("c4_dir") or (own["data_dir"] if "sequence_length" in own else None)
+    return own.get("tokenizer") or (str(Path(data) / "tokenizer") if data else None)
 
 
 def answer(args: Search, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, exam: Exam) -> list[str]:
@@ -341,24 +351,13 @@ def draw_search(path: Path, record: dict, title: str) -> None:
     accuracy_figure(path, x, values["accuracy"], values["interval_95"], values["chance"], len(known), title)
 
 
-def search_table(record: dict) -> str:
-    """Accuracy beside chance for each lookahead and overall, for the screen."""
-    rows = [("lookahead", "accuracy", "95 % interval", "chance", "questions")]
-    for name, row in [*record["lookaheads"].items(), ("overall", record["overall"])]:
-        chance = "-" if row["chance"] is None else f"{row['chance']:.4f}"
-        accuracy, (low, high) = f"{row['accuracy']:.4f} ± {row['accuracy_se']:.4f}", row["interval_95"]
-        rows.append((name, accuracy, f"{low:.4f} - {high:.4f}", chance, f"{row['count']:,}"))
-    left_out = f"\n{record['num_too_long']:,} questions were left out: they are longer than the model takes"
-    return aligned(rows) + (left_out if record["num_too_long"] else "")
-
-
 def search(args: Search) -> None:
     """Ask, write the results, and print a table."""
     source, checkpoint, run = find_model(args.model, args.checkpoint)
     args = complete_search(args, source, run)
     questions, data = read_questions(args.data_dir, args.split, args.max_examples)
     config, tokenizer = find_config(source), load_tokenizer(args.tokenizer)
-    seq_len = run["args"].get("seq_len") or run["derived"].get("seq_len") if run else None
+    seq_len = seq_len_of(run)
     depends_on = {name: getattr(args, name) for name in ("split", "max_examples", "precision")} | {"seq_len": seq_len}
     depends_on |= {"weights": weights_digest(source), "data": data, "tokenizer": fingerprint(tokenizer)}
     path = args.output_dir / f"{checkpoint}_search_{args.split}.json"
@@ -375,9 +374,103 @@ def search(args: Search) -> None:
     print(f"results: {path}, every answer: {path.with_suffix('.jsonl')}, figure: {path.with_suffix('.png')}")
 
 
+def complete_text(args: T, source: str, run: dict | None, *counts: str) -> T:
+    """The arguments of `tasks` or `text` with context length, tokenizer and folder where none were given.
+
+    Args: counts: the names of arguments of which 1 is the least.
+    Raises: ValueError, all faults together.
+    """
+    own = run["args"] if run else {}
+    positions = getattr(find_config(source), "max_position_embeddings", None)
+    seq_len = args.seq_len if args.seq_len is not None else seq_len_of(run) or positions
+    tokenizer = args.tokenizer or find_tokenizer(source, own)
+    output_dir = args.output_dir or (Path(args.model) / "evaluation" if run else None)
+    needed = {"seq_len": seq_len, "tokenizer": tokenizer, "output_dir": output_dir}
+    faults = [f"no --{name}, and {args.model} does not say it: pass it" for name, value in needed.items() if value is None]
+    faults += below(args, 1, "seq_len", "micro_batch", *counts)
+    if seq_len is not None and positions is not None and seq_len > positions:
+        faults.append(f"{source} has {positions} positions, --seq_len is {seq_len}: lower it")
+    check(faults)
+    return replace(args, seq_len=seq_len, tokenizer=tokenizer, output_dir=Path(output_dir))
+
+
+def seq_len_of(run: dict | None) -> int | None:
+    """The longest context, in tokens, that a run of any trainer trains on."""
+    args, derived = (run["args"], run.get("derived", {})) if run else ({}, {})
+    return args.get("seq_len") or derived.get("seq_len") or args.get("sequence_length")
+
+
+def read_tokenizer(name: str, source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer for a model, with an end of documents. Raises: ValueError if it is not the model's."""
+    tokenizer, vocab_size = load_tokenizer(name), find_config(source).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{name} has {len(tokenizer)} ids, {source} a vocabulary of {vocab_size}: pass the model's --tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{name} has no EOS token, documents end with it and prompts may begin with it: pass another --tokenizer"
+        )
+    return tokenizer
+
+
+def tasks(args: Tasks) -> None:
+    """Have the tasks scored, write measures and likelihoods, and print a table."""
+    from lm.scorer import Scorer  # lm-eval takes seconds to import
+    from lm.tasks import measure_tasks, parts_of, rows_digest, versions
+
+    parts = parts_of([name.strip() for name in args.tasks.split(",")])
+    rows = None if args.rows is None else rows_digest(parts, args.rows)
+    source, checkpoint, run = find_model(args.model, args.checkpoint)
+    args = complete_text(args, source, run, "limit")
+    check(below(args, 0, "num_fewshot"))
+    tokenizer = read_tokenizer(args.tokenizer, source)
+    depends_on = {"tasks": list(dict.fromkeys(part.task for part in parts)), "rows": rows, "versions": versions()}
+    depends_on |= {name: getattr(args, name) for name in ("num_fewshot", "limit", "seq_len", "precision")}
+    depends_on |= {"weights": weights_digest(source), "tokenizer": fingerprint(tokenizer)}
+    path = args.output_dir / f"{checkpoint}_tasks.json"
+    if is_there(path, args.overwrite, depends_on, read_record, task_table):
+        return
+
+    model = load_model(source).to(args.device)
+    with progress(0, " prompts") as bar:
+        scorer = Scorer(model, tokenizer, args.seq_len, args.micro_batch, args.precision, bar)
+        summaries, items = measure_tasks(scorer, parts, args.rows, args.num_fewshot, args.limit)
+    record = about(args, source, checkpoint, depends_on) | {"rows": str(args.rows or "hub"), "tasks": summaries}
+    write_tasks(path, record, items)
+    print(task_table(record))
+    if args.rows is not None and args.num_fewshot:
+        print("few-shot examples are from the rows that are evaluated too (of mmlu from dev), never the question itself")
+    print(f"results: {path}, every choice: {path.with_suffix('.jsonl')}")
+
+
+def text(args: Text) -> None:
+    """Measure the loss on files, write it, and print a table."""
+    files = find_files(args.documents)
+    source, checkpoint, run = find_model(args.model, args.checkpoint)
+    args = complete_text(args, source, run)
+    tokenizer = read_tokenizer(args.tokenizer, source)
+    name = args.name or Path(files[0].name).name.split(".")[0]
+    depends_on = {"documents": digest(files), "text_column": args.text_column, "seq_len": args.seq_len}
+    depends_on |= {"precision": args.precision, "weights": weights_digest(source), "tokenizer": fingerprint(tokenizer)}
+    path = args.output_dir / f"{checkpoint}_text_{name}.json"
+    if is_there(path, args.overwrite, depends_on, read_text, text_table):
+        return
+
+    model = load_model(source).to(args.device)
+    with progress(None) as bar:
+        found = text_loss(
+            model, tokenizer, files, args.seq_len, args.micro_batch, args.precision, args.text_column, done=bar.update
+        )
+    record = about(args, source, checkpoint, depends_on) | {"documents": [file.name for file in files]} | found
+    write_text(path, record)
+    print(f"{text_table(record)}\nresults: {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure what the first argument names."""
-    run_command({"context": (Context, context), "search": (Search, search)}, argv)
+    commands = {"context": (Context, context), "search": (Search, search), "tasks": (Tasks, tasks), "text": (Text, text)}
+    run_command(commands, argv)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 
 from lm.files import read_json, sha256, whole_file, write_json
 from lm.measure import mean_and_se, ratio_and_se
+from lm.tables import aligned
 
 FORMAT = "evaluation-1"
 
@@ -78,3 +79,13 @@ def score_record(totals: np.ndarray) -> dict:
 
 def _known(se: np.ndarray) -> list[float] | float | None:
     return None if np.isnan(se).any() else np.asarray(se).tolist()
+
+
+def score_table(record: dict) -> str:
+    """Loss and perplexity of each category and overall, for the screen."""
+    rows = [("category", "loss (nats/token)", "perplexity", "papers", "tokens")]
+    for name, row in [*record["categories"].items(), ("overall", record["overall"])]:
+        se = "" if row["loss_se"] is None else f" ± {row['loss_se']:.4f}"
+        perplexity, papers, tokens = f"{row['perplexity']:.2f}", f"{row['num_papers']:,}", f"{row['num_tokens']:,}"
+        rows.append((name, f"{row['loss']:.4f}{se}", perplexity, papers, tokens))
+    return aligned(rows)

@@ -13,6 +13,7 @@ import numpy as np
 
 from lm.files import read_json, sha256, whole_file, write_json
 from lm.questions import Question, first_word
+from lm.tables import aligned
 
 FORMAT = "search-1"
 UNKNOWN = "unknown"  # the lookahead of a question that is not worded like ours
@@ -56,6 +57,17 @@ def wilson_interval(share: float, count: int) -> list[float]:
     z2 = 1.959964**2 / count
     half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4)
     return [max(0.0, (share + z2 / 2 - half) / (1 + z2)), min(1.0, (share + z2 / 2 + half) / (1 + z2))]
+
+
+def search_table(record: dict) -> str:
+    """Accuracy beside chance for each lookahead and overall, for the screen."""
+    rows = [("lookahead", "accuracy", "95 % interval", "chance", "questions")]
+    for name, row in [*record["lookaheads"].items(), ("overall", record["overall"])]:
+        chance = "-" if row["chance"] is None else f"{row['chance']:.4f}"
+        accuracy, (low, high) = f"{row['accuracy']:.4f} ± {row['accuracy_se']:.4f}", row["interval_95"]
+        rows.append((name, accuracy, f"{low:.4f} - {high:.4f}", chance, f"{row['count']:,}"))
+    left_out = f"\n{record['num_too_long']:,} questions were left out: they are longer than the model takes"
+    return aligned(rows) + (left_out if record["num_too_long"] else "")
 
 
 def write_search(path: Path, record: dict, rows: Sequence[dict]) -> None:
