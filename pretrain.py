@@ -19,7 +19,6 @@ import bisect
 import functools
 import itertools
 import math
-import resource
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from lm import draws
 from lm.args import below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.corpus import File, find_files
-from lm.files import write_json
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
@@ -48,6 +46,7 @@ from lm.models import architecture, build_model, non_embedding_parameters, num_p
 from lm.packing import Batch, Loss, attention_reach, sees_only_itself
 from lm.presets import PRESETS
 from lm.profiling import part
+from lm.results import write_results
 from lm.run import EXIT_STOPPED, main_decides, open_run, run_and_exit, start_accelerator
 from lm.schedule import Schedule, ScheduleName
 from lm.session import Session
@@ -466,25 +465,20 @@ def test_files(args: Args) -> list[File]:
     return find_files(args.test_documents) if args.test_documents else []
 
 
-def write_results(args: Args, plan: Plan, session: Session, begun: float) -> None:
-    """Write RUN/results.json: perplexity on text trained on, held out and of the test files; time and memory of this start."""
-    progress, accelerator, model = session.progress, session.accelerator, session.bare
-    trained = plan.mixed.pack.blocks(range(min(args.eval_blocks, progress.c4_block_idx)))
-    losses = {"validation": mean_loss(model, plan.held_out_blocks, args.micro_batch, accelerator, args.precision)}
-    if len(trained):
-        losses["train"] = mean_loss(model, trained, args.micro_batch, accelerator, args.precision)
-    if not accelerator.is_main_process:
-        return
-    if files := test_files(args):
-        seq_len, tokenizer = plan.mixed.pack.seq_len, plan.mixed.tokenizer
-        losses["test"] = text_loss(model, tokenizer, files, seq_len, args.micro_batch, args.precision)["loss"]
-    spent = {"wall_sec": round(time.monotonic() - begun, 1), "num_processes": accelerator.num_processes}
-    if accelerator.device.type == "cuda":
-        spent["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    spent["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    measured = {split: {"loss": loss, "perplexity": math.exp(loss)} for split, loss in losses.items()}
-    write_json(session.run.folder / "results.json", {**about(progress), **measured, **spent})
-    session.run.log.say("  ".join(f"{split} perplexity {math.exp(loss):.4g}" for split, loss in losses.items()))
+def measure_results(args: Args, plan: Plan, session: Session) -> dict[str, Any]:
+    """Loss and perplexity on text trained on, held out, and of the test files (on the main process)."""
+    progress, accelerator, mixed = session.progress, session.accelerator, plan.mixed
+    numbers = [mixed.block(n, progress.pass_blocks) for n in range(min(args.eval_blocks, progress.c4_block_idx))]
+    blocks = {"train": mixed.pack.blocks(numbers), "validation": plan.held_out_blocks}
+    losses = {
+        split: mean_loss(session.bare, of, args.micro_batch, accelerator, args.precision)
+        for split, of in blocks.items()
+        if len(of)
+    }
+    found = {split: {"loss": loss, "perplexity": math.exp(loss)} for split, loss in losses.items()}
+    if accelerator.is_main_process and (files := test_files(args)):
+        found["test"] = text_loss(session.bare, mixed.tokenizer, files, mixed.pack.seq_len, args.micro_batch, args.precision)
+    return found
 
 
 def main(args: Args) -> int:
@@ -530,7 +524,8 @@ def main(args: Args) -> int:
         if code == 0:
             without = main_decides(accelerator, lambda: not (run.folder / "results.json").is_file())
             if session.finish(tokenizer, about(session.progress)) or without:
-                write_results(args, plan, session, begun)
+                results = measure_results(args, plan, session)
+                write_results(run, about(session.progress) | results, begun)
         run.close()
     return code
 

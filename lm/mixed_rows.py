@@ -148,10 +148,11 @@ class MixedRows(Mixture):
         synthetic = self.is_synthetic(samples)
         block, example = self.drawn(samples.start)
         count = int(synthetic.sum())
-        blocks = [self._block(number, pass_blocks) for number in range(block, block + len(samples) - count)]
+        blocks = [self.block(number, pass_blocks) for number in range(block, block + len(samples) - count)]
         return synthetic, blocks, [self._shuffled("mixin", example + n, len(self.synthetic)) for n in range(count)]
 
-    def _block(self, number: int, pass_blocks: int | None) -> int:
+    def block(self, number: int, pass_blocks: int | None) -> int:
+        """The block that is drawn as number `number`, from 0 on."""
         if pass_blocks is None or (number < pass_blocks and not self.shuffle):
             return number
         return self._shuffled("blocks", number, pass_blocks)

@@ -206,7 +206,7 @@ def test_seeds_differ_in_weights_and_in_the_order_of_the_data():
     class Blocks:
         seq_len = SEQ_LEN
 
-    orders = [[MixedRows(Blocks, [], None, seed, 0.0, shuffle=True)._block(n, 50) for n in range(100)] for seed in (0, 0, 1)]
+    orders = [[MixedRows(Blocks, [], None, seed, 0.0, shuffle=True).block(n, 50) for n in range(100)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))

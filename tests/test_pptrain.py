@@ -419,7 +419,7 @@ def test_a_heldout_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch)
         ({"generator": TOY}, r"was built with generator built-in, the run's is toy_generator:ToyGenerator"),
         ({"effective_batch": 13}, r"--effective_batch 13 is not a multiple"),
         ({"curr_threshold": 98}, r"--curr_threshold 98.0: a number in \[0, 1\] is needed"),
-        ({"curr_window": 0, "lr": 0}, r"(?s)--curr_window 0: at least 1.*--lr 0.0: more than 0"),
+        ({"curr_window": 0, "lr": 0}, r"(?s)--lr 0.0: more than 0.*--curr_window 0: at least 1"),
     ],
 )
 def test_bad_input_is_said_before_anything_is_written(changes, message, in_process, tmp_path):
