@@ -1,5 +1,6 @@
 """What the small-GPT journal needs of pretrain.py: passes over the data, other schedules, texts, results, dropout."""
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -141,6 +142,14 @@ def test_texts_are_written_at_each_evaluation_and_change_nothing_else(here):
     assert not (without / "logs/samples.jsonl").exists()
     assert outcome(with_texts) == outcome(without)
     assert [row["step"] for row in read_jsonl(here("often", sample_every=5) / "logs/samples.jsonl", "")] == [0, 5, 10, 12]
+
+
+def test_texts_reach_weights_and_biases(here):
+    folder = here(wandb_project="tests", total_steps=2, eval_every=2)
+    pages = [path.read_text() for path in folder.glob("wandb/offline-run-*/files/media/html/*.html")]
+    texts = [row["text"] for row in read_jsonl(folder / "logs/samples.jsonl", "")]
+    assert len(texts) == len(pages) == 2
+    assert all(any(html.escape(text) in page for page in pages) for text in texts)
 
 
 def test_a_resumed_run_has_each_text_once_and_the_same(here):
