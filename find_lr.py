@@ -155,7 +155,8 @@ def of_pretrain(args: OfPretrain) -> Trial:
     needed, _ = plan.mixed.drawn(args.num_steps * plan.effective_batch)
     if needed > pack.num_blocks and not pack.finished:
         raise ValueError(f"{pack.folder} has {pack.num_blocks} blocks so far, {needed} are needed: wait for more of them")
-    pass_blocks = pack.num_blocks if needed > pack.num_blocks else None  # prepare has refused it without --allow_epochs
+    again = needed > pack.num_blocks  # which prepare has refused without --allow_epochs
+    pass_blocks = pack.num_blocks if again or args.shuffle else None
     weight = plan.effective_batch * pack.seq_len / accelerator.num_processes
 
     def steps() -> Iterator[tuple[list[Any], float]]:

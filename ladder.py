@@ -18,6 +18,7 @@ Exits   `run`: 0 when all is done, 75 when stopped by a signal (the same command
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from lm.args import below, check, not_positive
+from lm.args import below, check, not_positive, parse
 from lm.commands import run_command
 from lm.decisions import decision_table
 from lm.files import whole_file, write_json, write_lines
@@ -39,8 +40,10 @@ from lm.ladder_results import read_results
 from lm.ladder_run import Command, Environment, Runner, is_done
 from lm.plots import decisions_figure
 from lm.tables import markdown
+from pretrain import Args as PretrainArgs
 
 ROOT = Path(__file__).parent
+HERE = ("sbatch", "at_once", "cell", "gpus", "workers", "further")  # arguments that no job is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +100,14 @@ class Run(Plan):
     """Folder of the tasks' rows; without it they come from the hub."""
     limit: int | None = None
     """Questions of each task, the first; by default all."""
+    num_fewshot: int = 0
+    """Answered examples before each question; DataDecide has 5."""
     texts: tuple[str, ...] = ()
     """NAME=FILE of texts on which the loss of each finished model is measured (evaluate_model.py text)."""
     gpus: str | None = None
     """Ids of the GPUs with commas between; by default CUDA_VISIBLE_DEVICES, or all that there are."""
-    gpus_per_run: int = 1
-    """GPUs that one run is spread over."""
+    processes_per_run: int = 1
+    """Processes of each run, with a GPU of its own each if there are GPUs."""
     per_gpu: int = 1
     """Runs that share a GPU, if they fit into its memory; small models leave most of one idle."""
     workers: int = 1
@@ -112,9 +117,10 @@ class Run(Plan):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
-        found = super().faults() + below(self, 1, "gpus_per_run", "per_gpu", "workers", "limit")
-        if self.per_gpu > 1 and self.gpus_per_run > 1:
-            found.append("--per_gpu and --gpus_per_run are both above 1: share GPUs among runs, or spread runs over them")
+        found = super().faults() + below(self, 1, "processes_per_run", "per_gpu", "workers", "limit")
+        found += below(self, 0, "num_fewshot")
+        if self.per_gpu > 1 and self.processes_per_run > 1:
+            found.append("--per_gpu and --processes_per_run are both above 1: share GPUs among runs, or spread runs over them")
         for text in self.texts:
             name, _, file = text.partition("=")
             if not name or not file or not Path(file).exists():
@@ -172,14 +178,12 @@ def write_plan(args: Plan, cells: Sequence[Cell]) -> None:
 def commands(args: Run, cell: Cell) -> list[Command]:
     """What is to be done for a cell: train, then measure."""
     settings = cell.settings() | {"scratch_dir": args.ladder, "sample_every": 0, "allow_epochs": args.allow_epochs}
-    launch = [sys.executable]
-    if args.gpus_per_run > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus_per_run}"]
+    launch = [sys.executable] + [str(ROOT / "scripts/launch_on_node.py")] * (args.processes_per_run > 1)
     own = [f"--{key}" if value is True else f"--{key}={value}" for key, value in settings.items() if value is not False]
     done = [[*launch, str(ROOT / "pretrain.py"), *own, *args.further]]
     measure = [sys.executable, str(ROOT / "evaluate_model.py")]
     if args.tasks:
-        options = [f"--rows={args.rows}"] * bool(args.rows) + [f"--limit={args.limit}"] * bool(args.limit)
+        options = [f"--{name}={getattr(args, name)}" for name in ("rows", "limit", "num_fewshot") if getattr(args, name)]
         done.append([*measure, "tasks", str(cell.folder), f"--tasks={args.tasks}", *options])
     for text in args.texts:
         name, _, file = text.partition("=")
@@ -191,26 +195,44 @@ def slots(args: Run, cells: Sequence[Cell]) -> list[Environment]:
     """The environment of each of the runs at once. Raises: ValueError if there are too few GPUs, or they are too small."""
     visible = args.gpus if args.gpus is not None else os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(n) for n in range(torch.cuda.device_count())] if visible is None else [g for g in visible.split(",") if g]
-    if not gpus or not torch.cuda.is_available():
-        threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
-        return [{"OMP_NUM_THREADS": str(threads)}] * args.workers
-    if len(gpus) < args.gpus_per_run:
-        raise ValueError(f"--gpus_per_run {args.gpus_per_run}, but there are {len(gpus)} GPUs: pass fewer")
-    memory = torch.cuda.get_device_properties(0).total_memory
+    each, cores = args.processes_per_run, len(os.sched_getaffinity(0))
+    if gpus and torch.cuda.is_available():
+        if len(gpus) < each:
+            raise ValueError(f"--processes_per_run {each}, but there are {len(gpus)} GPUs: pass fewer")
+        check_memory(args, cells, torch.cuda.get_device_properties(0).total_memory)
+        groups = [gpus[n : n + each] for n in range(0, len(gpus) - each + 1, each)]
+        found = [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups for _ in range(args.per_gpu)]
+    else:
+        found = [{} for _ in range(args.workers)]
+    for number, slot in enumerate(found):
+        slot["OMP_NUM_THREADS"] = str(max(1, cores // (len(found) * each)))
+        if each > 1:
+            slot.update(one_node(number, each, "CUDA_VISIBLE_DEVICES" in slot))
+    return found
+
+
+def one_node(number: int, processes: int, on_gpus: bool) -> Environment:
+    """What scripts/launch_on_node.py, which passes signals on, is told of a run that has this machine alone."""
+    job = {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    job |= {"SLURM_JOB_ID": str(os.getpid() * 100 + number), "PROCESSES_PER_NODE": str(processes)}  # the number gives a port
+    job["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    return job | ({"SLURM_GPUS_ON_NODE": str(processes)} if on_gpus else {})
+
+
+def check_memory(args: Run, cells: Sequence[Cell], memory: int) -> None:
+    """Raises: ValueError if --per_gpu runs of the largest size do not fit into `memory` bytes together."""
     largest = max(cells, key=lambda cell: cell.memory(micro_batch_of(args)))
     if (needed := args.per_gpu * largest.memory(micro_batch_of(args))) > memory:
         raise ValueError(
             f"--per_gpu {args.per_gpu} runs of {largest.size} need about {needed / 2**30:.0f} GiB, a GPU has"
             f" {memory / 2**30:.0f}: pass fewer, or a smaller one after -- --micro_batch"
         )
-    groups = [gpus[n : n + args.gpus_per_run] for n in range(0, len(gpus) - args.gpus_per_run + 1, args.gpus_per_run)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups for _ in range(args.per_gpu)]
 
 
 def micro_batch_of(args: Plan) -> int:
     """Rows in a forward pass of every run."""
-    words = " ".join(args.further).replace("-", "_").replace("=", " ").split()
-    return int(words[words.index("__micro_batch") + 1]) if "__micro_batch" in words else 4
+    found = re.search(r"--micro[_-]batch[ =](\d+)", " ".join(args.further))
+    return int(found[1]) if found else PretrainArgs.micro_batch
 
 
 def run(args: Run) -> int:
@@ -225,33 +247,36 @@ def run(args: Run) -> int:
     work = [(cell, commands(args, cell)) for cell in cells]
     left = [(cell, todo) for cell, todo in work if not is_done(cell, todo)]
     print(f"{len(work)} runs, {len(work) - len(left)} done before")
-    return Runner(slots(args, cells), lambda text: print(text, flush=True)).run(left) if left else 0
+    if not left:
+        return 0
+    training = left[0][1][0]
+    parse(PretrainArgs, training[training.index(str(ROOT / "pretrain.py")) + 1 :])  # says now what is wrong after " -- "
+    return Runner(slots(args, [cell for cell, _ in left]), lambda text: print(text, flush=True)).run(left)
 
 
 def submit(args: Submit) -> int:
     """Hand the runs that are not done to sbatch; returns its exit code."""
     if shutil.which("sbatch") is None:
         raise RuntimeError("no sbatch here, a SLURM cluster is needed: log in to it, or use ladder.py run")
+    if Path.cwd() != ROOT:
+        raise ValueError(f"submitted from {Path.cwd()}, {ROOT} is needed, where jobs run: go there, and pass paths from there")
     cells = args.cells()
     write_plan(args, cells)
     left = [number for number, cell in enumerate(cells) if not is_done(cell, commands(args, cell))]
     if not left:
         print("nothing to do: all runs are done")
         return 0
+    recipes = tuple(dict.fromkeys(cell.recipe for cell in cells))
+    args = replace(args, only=recipes)  # one that is made later must change no number
     array = ",".join(map(str, left)) + (f"%{args.at_once}" if args.at_once else "")
-    own = {
-        key: value
-        for key, value in asdict(args).items()
-        if key not in ("sbatch", "at_once", "cell", "gpus", "workers", "further")
-    }
     words: list[str] = []
-    for key, value in own.items():
-        if isinstance(value, tuple):
-            words += [f"--{key}", *value] if value else []
-        elif value is not None and value is not False and value != "":
-            words.append(f"--{key}" if value is True else f"--{key}={value}")
+    for key, value in asdict(args).items():
+        if key in HERE or value in (None, False, "", ()):
+            continue
+        words += [f"--{key}", *value] if isinstance(value, tuple) else [f"--{key}" if value is True else f"--{key}={value}"]
     words += ["--", *args.further] if args.further else []
-    command = ["sbatch", f"--array={array}", *shlex.split(args.sbatch), "scripts/ladder_job.sh", *words]
+    devices = f"--gres=gpu:{args.processes_per_run}"
+    command = ["sbatch", f"--array={array}", devices, *shlex.split(args.sbatch), "scripts/ladder_job.sh", *words]
     print(shlex.join(command), flush=True)
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 

@@ -34,7 +34,7 @@ import lm.session
 from lm import draws
 from lm.args import below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
-from lm.corpus import File, find_files
+from lm.corpus import File, digest, find_files
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
@@ -44,9 +44,9 @@ from lm.micro_batches import MicroBatches
 from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
 from lm.models import architecture, build_model, non_embedding_parameters, num_parameters
 from lm.packing import Batch, Loss, attention_reach, sees_only_itself
-from lm.presets import PRESETS
+from lm.presets import GPT, PRESETS
 from lm.profiling import part
-from lm.results import write_results
+from lm.results import has_results, loss_and_perplexity, write_results
 from lm.run import EXIT_STOPPED, main_decides, open_run, run_and_exit, start_accelerator
 from lm.schedule import Schedule, ScheduleName
 from lm.session import Session
@@ -102,7 +102,7 @@ class Args(TrainerArgs):
     row counts as much as a row of text."""
     micro_batch: int = 4
     effective_batch: int | None = None
-    """Rows in one optimizer step over all processes; by default 32, or without --data_dir what was published for the preset."""
+    """Rows in one optimizer step over all processes; by default 32, or what the journal had for its presets (gpt-*)."""
     lr: float = 5e-4
     schedule: ScheduleName = "cosine"
     warmup_steps: int = 1000
@@ -124,7 +124,7 @@ class Args(TrainerArgs):
     sample_prompt: str = ""
     """What these texts go on from; by default the beginning of a document."""
     sample_tokens: int = 50
-    """Tokens of such a text."""
+    """Tokens of such a text; fewer where they would not fit into a block."""
     test_documents: tuple[str, ...] = ()
     """Files (as build_pretrain.py reads them) whose perplexity is measured at the end, for results.json."""
 
@@ -291,7 +291,8 @@ def look(args: Args, plan: Plan, session: Session) -> None:
     if (evaluating if every is None else every and (step % every == 0 or step == args.total_steps)) and session.run.log.main:
         with part("evaluate"):
             seed = draws.torch_seed(args.seed, step, 0)
-            text = write(session.bare, plan.mixed.tokenizer, plan.prompt, args.sample_tokens, seed, args.precision)
+            num_tokens = min(args.sample_tokens, plan.mixed.pack.seq_len - len(plan.prompt))
+            text = write(session.bare, plan.mixed.tokenizer, plan.prompt, num_tokens, seed, args.precision)
         session.run.log.sample(step, prompt=args.sample_prompt, text=text)
 
 
@@ -368,11 +369,8 @@ def make_plan(
             raise ValueError(f"--seq_len {pack.seq_len} is too short for all held-out examples: pack longer blocks")
     reach = attention_reach(model) if splits and sees_only_itself(model) else None
     schedule, prompt = args.lr_schedule(args.total_steps, effective * pack.seq_len), prompt_ids(tokenizer, args.sample_prompt)
-    if len(prompt) + args.sample_tokens > pack.seq_len:
-        raise ValueError(
-            f"--sample_prompt of {len(prompt)} tokens and --sample_tokens {args.sample_tokens} do not fit into blocks of"
-            f" {pack.seq_len}: pass fewer"
-        )
+    if len(prompt) >= pack.seq_len:
+        raise ValueError(f"--sample_prompt has {len(prompt)} tokens, blocks {pack.seq_len}: pass a shorter one")
     return Plan(mixed, held_out_blocks, held_out, reach, grad_accum, effective, packing, schedule, prompt)
 
 
@@ -401,12 +399,12 @@ def with_defaults(args: Args) -> Args:
     )
 
 
-def lay_out(args: Args, beginning: Beginning, num_processes: int) -> tuple[int, int]:
-    """Forward passes of each process and rows of a step, as asked for, or as they are by default."""
+def lay_out(args: Args, num_processes: int) -> tuple[int, int]:
+    """Forward passes of each process and rows of a step: as asked for, else those of the journal's preset, or 32."""
     effective = args.effective_batch
     if effective is None and args.grad_accum is None:
-        preset = None if args.data_dir or beginning.path else PRESETS.get(args.model)
-        effective = (preset and preset.batch) or 32
+        preset = PRESETS.get(args.model)
+        effective = preset.batch if isinstance(preset, GPT) and preset.batch and not args.data_dir else 32
     return plan_batch(args.micro_batch, args.grad_accum, effective, num_processes)
 
 
@@ -453,7 +451,7 @@ def prepare(args: Args) -> Prepared:
     splits = open_splits(args.data_dir) if args.data_dir else None
     test_files(args)  # no file should be missed now and not after the last step
     beginning = choose_beginning(args, tokenizer, pack.folder, accelerator)
-    batch = lay_out(args, beginning, accelerator.num_processes)
+    batch = lay_out(args, accelerator.num_processes)
     args = with_steps(args, pack, batch[1])
     model = make_model(args, beginning, tokenizer, pack.seq_len)
     plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
@@ -466,24 +464,27 @@ def test_files(args: Args) -> list[File]:
 
 
 def measure_results(args: Args, plan: Plan, session: Session) -> dict[str, Any]:
-    """Loss and perplexity on text trained on, held out, and of the test files (on the main process)."""
+    """Loss and perplexity on text trained on and held out."""
     progress, accelerator, mixed = session.progress, session.accelerator, plan.mixed
     numbers = [mixed.block(n, progress.pass_blocks) for n in range(min(args.eval_blocks, progress.c4_block_idx))]
     blocks = {"train": mixed.pack.blocks(numbers), "validation": plan.held_out_blocks}
-    losses = {
-        split: mean_loss(session.bare, of, args.micro_batch, accelerator, args.precision)
-        for split, of in blocks.items()
-        if len(of)
-    }
-    found = {split: {"loss": loss, "perplexity": math.exp(loss)} for split, loss in losses.items()}
-    if accelerator.is_main_process and (files := test_files(args)):
-        found["test"] = text_loss(session.bare, mixed.tokenizer, files, mixed.pack.seq_len, args.micro_batch, args.precision)
+    found = {}
+    for split, of in blocks.items():
+        if len(of):
+            found[split] = loss_and_perplexity(mean_loss(session.bare, of, args.micro_batch, accelerator, args.precision))
     return found
+
+
+def test_loss(args: Args, plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
+    """The same of the test files, with what they are."""
+    files, mixed = test_files(args), plan.mixed
+    found = text_loss(model, mixed.tokenizer, files, mixed.pack.seq_len, args.micro_batch, args.precision)
+    return found | {"documents": digest(files)}
 
 
 def main(args: Args) -> int:
     """Train one run and return its exit code."""
-    begun = time.monotonic()
+    begun, results = time.monotonic(), {}
     ready = prepare(args)
     args, splits, beginning, plan, model = ready.args, ready.splits, ready.beginning, ready.plan, ready.model
     accelerator, tokenizer, pack = ready.accelerator, ready.tokenizer, plan.mixed.pack
@@ -522,11 +523,15 @@ def main(args: Args) -> int:
         check_counts(plan, session.progress)
         code = train(args, plan, session)
         if code == 0:
-            without = main_decides(accelerator, lambda: not (run.folder / "results.json").is_file())
+            documents = digest(test_files(args)) if args.test_documents else None
+            without = main_decides(accelerator, lambda: not has_results(run.folder, documents))
             if session.finish(tokenizer, about(session.progress)) or without:
-                results = measure_results(args, plan, session)
-                write_results(run, about(session.progress) | results, begun)
+                results = about(session.progress) | measure_results(args, plan, session)
         run.close()
+    if results and accelerator.is_main_process:  # the others need not wait, which NCCL allows for ten minutes
+        if args.test_documents:
+            results["test"] = test_loss(args, plan, model)
+        write_results(run, results, begun)
     return code
 
 

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lm.args import check
-from lm.models import build_model, non_embedding_parameters
+from lm.models import non_embedding_parameters, num_parameters, on_paper
 from lm.presets import PRESETS, Olmo, datadecide_settings
 from lm.shards import Pack
 
@@ -85,8 +83,11 @@ def find_recipes(folder: Path, names: Sequence[str] = ()) -> dict[str, Pack]:
 
     Raises: FileNotFoundError if there are none; ValueError unless they are finished and of one tokenizer and block length.
     """
-    there = sorted(path.parent for path in folder.glob("*/meta.json")) if folder.is_dir() else []
+    found = (path.parent for name in ("meta.json", "progress.json") for path in folder.glob(f"*/{name}"))
+    there = sorted(found, key=lambda path: path.name)
     packs = {path.name: Pack(path) for path in there if not names or path.name in names}
+    if unfinished := [name for name, pack in packs.items() if not pack.finished]:
+        raise ValueError(f"{', '.join(unfinished)} in {folder} are not packed to the end: wait, or name the others with --only")
     if missing := [name for name in names if name not in packs]:
         found = ", ".join(path.name for path in there) or "none"
         raise FileNotFoundError(f"no recipe {', '.join(missing)} in {folder} (found: {found}): make it with build_pretrain.py")
@@ -115,10 +116,9 @@ def model_of(size: str) -> str:
 
 @functools.cache
 def count(model: str, vocab_size: int, seq_len: int) -> tuple[int, int, int]:
-    """Parameters without the input embedding, all parameters, and rows of the head; nothing is allocated."""
-    with torch.device("meta"):
-        built = build_model(model, vocab_size, seq_len)
-    return non_embedding_parameters(built), sum(p.numel() for p in built.parameters()), built.config.vocab_size
+    """Parameters without the input embedding, all parameters, and rows of the head."""
+    built = on_paper(model, vocab_size, seq_len)
+    return non_embedding_parameters(built), num_parameters(built), built.config.vocab_size
 
 
 def make_plan(

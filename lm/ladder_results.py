@@ -13,6 +13,7 @@ from lm.run_records import read_run
 from lm.task_results import read_tasks
 
 TEXTS = "evaluation/final_text_*.json"
+TRAINED_ALIKE = ("lr", "effective_batch", "total_steps", "schedule", "optimizer", "weight_decay")
 
 
 def read_results(path: Path, step: Steps = "last", say: Callable[[str], None] = print) -> list[Result]:
@@ -36,18 +37,23 @@ def read_results(path: Path, step: Steps = "last", say: Callable[[str], None] = 
 
 
 def _check_alike(folders: Sequence[Path]) -> None:
-    """Raises: ValueError if some of the runs were evaluated in another way, or on another text of the same name."""
+    """Raises: ValueError if runs of a size were trained in another way, or some evaluated in another, or on another text."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for folder in folders:
+        args, size = read_run(folder, "pretrain.py")["args"], folder.parent.name
+        told = {f"--{name} at {size}": args.get(name) for name in TRAINED_ALIKE}
         for path in [*folder.glob("evaluation/final_tasks.json"), *folder.glob(TEXTS)]:
-            for name, value in read_json(path, "evaluate_model.py").get("measured", {}).items():
-                if name not in ("weights", "versions"):
-                    found[f"{path.name}: {name}"][str(value)].append(str(folder))
+            measured = read_json(path, "evaluate_model.py").get("measured", {})
+            told |= {f"{path.name}: {name}": measured[name] for name in measured if name not in ("weights", "versions")}
+        if (folder / "results.json").is_file():
+            told["--test_documents"] = read_json(folder / "results.json", "pretrain.py").get("test", {}).get("documents")
+        for name, value in told.items():
+            found[name][str(value)].append(str(folder))
     faults = []
     for name, values in found.items():
         if len(values) > 1:
             where = "; ".join(f"{value:.40} in {', '.join(of)}" for value, of in values.items())
-            faults.append(f"{name} differs, {where}: evaluate all runs with the same arguments")
+            faults.append(f"{name} differs, {where}: train and evaluate all runs with the same arguments")
     check(faults)
 
 

@@ -47,11 +47,12 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._running: set[subprocess.Popen] = set()
+        self._asked: set[subprocess.Popen] = set()  # to stop
         self._lock = threading.Lock()
 
     def run(self, work: Sequence[tuple[Cell, list[Command]]]) -> int:
         """Do all of it; returns 0, EXIT_STOPPED after a signal, or 1 if a cell has failed, which stops no other."""
-        handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+        handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         free: SimpleQueue[Environment] = SimpleQueue()
         for slot in self.slots:
             free.put(slot)
@@ -60,7 +61,8 @@ class Runner:
             with ThreadPoolExecutor(len(self.slots)) as pool:
                 left = {pool.submit(self._one, cell, commands, free): cell for cell, commands in work}
                 while left:
-                    ended, _ = wait(left, TICK_SEC, FIRST_COMPLETED)  # short: signals are handled between two waits
+                    ended, _ = wait(left, TICK_SEC, FIRST_COMPLETED)
+                    self._pass_on()
                     for future in ended:
                         cell, what = left.pop(future), future.result()
                         done += cell.flops
@@ -70,12 +72,23 @@ class Runner:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.failed:
+            self.say(f"failed: {', '.join(self.failed)}; see their .log, then run the same command again")
         if self.stopped:
             self.say("stopped: the same command goes on")
             return EXIT_STOPPED
-        if self.failed:
-            self.say(f"failed: {', '.join(self.failed)}; see their .log, then run the same command again")
         return 1 if self.failed else 0
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.stopped = True
+
+    def _pass_on(self) -> None:
+        """Ask every command that runs to stop, once, if a signal asked for it; each leaves a checkpoint."""
+        if self.stopped:
+            with self._lock:
+                for process in self._running - self._asked:
+                    process.send_signal(signal.SIGTERM)
+                    self._asked.add(process)
 
     def _one(self, cell: Cell, commands: list[Command], free: "SimpleQueue[Environment]") -> str:
         """Run a cell's commands in the next free slot; what became of it, or "" if it was not begun."""
@@ -87,19 +100,23 @@ class Runner:
             self.say(f"begin {cell.name}")
             for command in commands:
                 if code := self._command(command, slot, Path(f"{cell.folder}.log")):
-                    if self.stopped:
+                    if self.stopped or code == EXIT_STOPPED:  # someone may have asked this one alone
+                        self.stopped = True
                         return "stopped"
                     self.failed.append(cell.name)
                     return f"exit code {code}, see {cell.folder}.log:"
             write_json(cell.folder / "cell.json", {"commands": commands})
-            return "done "
+            return "done"
+        except OSError as error:  # a full disk, say
+            self.failed.append(cell.name)
+            return f"failed ({error}):"
         finally:
             free.put(slot)
 
     def _command(self, command: Command, slot: Environment, log: Path) -> int:
         with open(log, "a", encoding="utf-8") as out:
             print("$", shlex.join(command), file=out, flush=True)
-            with self._lock:  # a signal comes before it is started, or is passed on to it
+            with self._lock:
                 if self.stopped:
                     return EXIT_STOPPED
                 process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | slot, start_new_session=True)
@@ -108,9 +125,3 @@ class Runner:
         with self._lock:
             self._running.discard(process)
         return code
-
-    def _stop(self, _number: int, _frame: object) -> None:
-        """Pass the request to stop on to every command that runs; each leaves a checkpoint."""
-        self.stopped = True
-        for process in list(self._running):
-            process.send_signal(signal.SIGTERM)

@@ -85,15 +85,16 @@ def suggest(lrs: Sequence[float], losses: Sequence[float], num_steps: int, beta:
         )
     lrs, losses, smoothed, all_made = np.array(lrs)[kept], losses[kept], smoothed[kept], len(losses) == num_steps
     steepest, lowest_at = int(np.gradient(smoothed, np.log(lrs)).argmin()), int(smoothed.argmin())
-    tenth, warning = float(lrs[lowest_at]) / 10, None
-    if tenth > (own := lrs[losses.argmin()]):
+    found = {"steepest": lrs[steepest], "valley": lrs[valley(smoothed)], "minimum_tenth": lrs[lowest_at] / 10}
+    found, warning = {name: float(lr) for name, lr in found.items()}, None
+    if too_high := [name for name, lr in found.items() if lr > (own := lrs[losses.argmin()])]:
         warning = (
-            f"the losses themselves were lowest at {own:.2g}, which the smoothed ones follow late: minimum / 10 is too high,"
-            " take another suggestion or lower --smoothing"
+            f"the losses themselves were lowest at {own:.2g}, which the smoothed ones follow late: {' and '.join(too_high)}"
+            f" {'is' if len(too_high) == 1 else 'are'} too high, take another suggestion or lower --smoothing"
         )
     elif all_made and lowest_at == len(lrs) - 1:
         warning = "the smoothed loss was lowest at the end: raise --max_lr, what is suggested may be too low"
-    return Suggestions(float(lrs[steepest]), float(lrs[valley(smoothed)]), tenth, warning=warning)
+    return Suggestions(**found, warning=warning)
 
 
 def _standard_error(first: np.ndarray, beta: float) -> float:
@@ -119,7 +120,7 @@ def valley(losses: Sequence[float]) -> int:
     end = int(longest.argmax())
     start = end - int(longest[end])
     section = (end - start) / 3
-    return start + int(section) + int(section / 2)
+    return max(0, start + int(section) + int(section / 2))
 
 
 @contextmanager

@@ -217,7 +217,7 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
     return num_parameters(model) - (0 if embedding.weight is head.weight else embedding.weight.numel())
 
 
-def planned_parameters(name: str, vocab_size: int) -> int:
-    """The `non_embedding_parameters` that `build_model` would give, counted without memory for the weights."""
+def on_paper(name: str, vocab_size: int, min_positions: int = 1) -> PreTrainedModel:
+    """The model that `build_model` would give, without memory for its weights, to be counted."""
     with torch.device("meta"):
-        return non_embedding_parameters(build_model(name, vocab_size, 1))
+        return build_model(name, vocab_size, min_positions)

@@ -135,12 +135,13 @@ PRESETS: dict[str, Preset] = {
     "olmo-530m": Olmo(1344, 16, 16, batch=448, lr=2.8e-3, parameters=530_074_944, nominal=530e6, steps=57_786, tokens=53e9),
     "olmo-750m": Olmo(1536, 16, 16, batch=576, lr=2.5e-3, parameters=681_297_408, nominal=750e6, steps=63_589, tokens=75e9),
     "olmo-1b": Olmo(2048, 16, 16, batch=704, lr=2.1e-3, parameters=1_176_832_000, nominal=1e9, steps=69_369, tokens=100e9),
-    # The gpt-shakespeare journal (github.com/jeremyadamsfisher/shakespeare_transformer, v0.0.19), on characters but gpt3-small.
+    # The gpt-shakespeare journal (github.com/jeremyadamsfisher/shakespeare_transformer, v0.0.19), on characters but gpt3-small,
+    # whose batch was 2 at first.
     "gpt-baby": GPT(384, 6, 6, positions=256, dropout=0.2, batch=64),
     "gpt-mini-v0": GPT(512, 8, 8, positions=256, dropout=0.2, batch=128),
     "gpt-mini-v1": GPT(512, 8, 8, positions=256, dropout=0.2, batch=180),
-    "gpt3-small": GPT(768, 12, 12, dropout=0.2, batch=2),
-    "gpt3-small-char": GPT(768, 12, 12, dropout=0.2, batch=2),
+    "gpt3-small": GPT(768, 12, 12, dropout=0.2, batch=4),
+    "gpt3-small-char": GPT(768, 12, 12, dropout=0.2, batch=4),
     # GPT-3: Brown et al., arXiv 2005.14165, table 2.1. Attention is dense here; theirs is banded in every other layer.
     "gpt3-125m": GPT(768, 12, 12, lr=6e-4, batch_tokens=500_000),
     "gpt3-350m": GPT(1024, 24, 16, lr=3e-4, batch_tokens=500_000),

@@ -81,6 +81,8 @@ class TrainerArgs(RunArgs):
             found.append(f"--dropout {self.dropout}: a probability from 0 to less than 1 is needed")
         if self.cycle_momentum and self.schedule != "one_cycle":
             found.append(f"--cycle_momentum with --schedule {self.schedule}: it belongs to one_cycle")
+        if self.three_phase and self.pct_start > 0.5:
+            found.append(f"--pct_start {self.pct_start} with --three_phase, which falls for as long: at most .5 is possible")
         if self.cycle_momentum and self.optimizer == "adafactor":
             found.append("--cycle_momentum with --optimizer adafactor, which has no momentum: leave it out")
         return found

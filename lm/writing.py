@@ -24,7 +24,13 @@ def write(
     """
     beyond = list(range(len(tokenizer), model.config.vocab_size))
     config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=num_tokens, pad_token_id=0, eos_token_id=None, suppress_tokens=beyond or None
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+        suppress_tokens=beyond or None,
+        remove_invalid_values=True,  # a model that has diverged writes something, and its run goes on
     )
     was_training, own = model.training, model.generation_config
     ids = torch.tensor([prompt], device=model.device)

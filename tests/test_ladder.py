@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from packs import SEQ_LEN, write_pack
+from packs import SEQ_LEN, publish, write_pack
 from text import byte_level_bpe, documents
 from training import ROOT, kill
 
@@ -123,7 +124,7 @@ def test_recipes_of_other_block_lengths_or_names_are_refused(recipes, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_ladder_goes_on_and_does_nothing_twice(recipes, text, tmp_path):
-    own = arguments("run", recipes, tmp_path / "ladder", texts=f"held={text}", workers=2, seeds=1)
+    own = arguments("run", recipes, tmp_path / "ladder", texts=f"held={text}", workers=2, seeds=1, processes_per_run=2)
     process = start(own, tmp_path / "out")
     try:
         wait_for_a_checkpoint(tmp_path / "ladder", process, tmp_path / "out")
@@ -185,13 +186,33 @@ def test_a_slot_is_never_shared_by_two_cells(tmp_path):
 def test_bad_arguments_are_said_before_anything_runs(recipes, tmp_path):
     for changes, message in (
         ({"texts": "held"}, r"--texts held: NAME=FILE of a file that exists"),
-        ({"per_gpu": 2, "gpus_per_run": 2}, "--per_gpu and --gpus_per_run are both above 1"),
+        ({"per_gpu": 2, "processes_per_run": 2}, "--per_gpu and --processes_per_run are both above 1"),
         ({"cell": 9}, "--cell 9: the plan has cells 0 to 3"),
         ({"seeds": 0}, "--seeds 0: at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             ladder.main(arguments("run", recipes, tmp_path / "ladder", **changes))
     assert not (tmp_path / "ladder").exists()
+
+
+def test_a_pack_that_is_not_finished_is_refused(recipes, tmp_path):
+    whole = write_pack(tmp_path / "whole", TOKENIZER)
+    publish(whole, tmp_path / "recipes/growing", 2)
+    with pytest.raises(ValueError, match="growing in .* are not packed to the end: wait, or name the others with --only"):
+        find_recipes(tmp_path / "recipes")
+
+
+def test_a_signal_reaches_commands_that_have_just_begun(tmp_path):
+    runner = Runner([{}, {}], lambda _: None)
+    script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"
+    work = [(cell(name, tmp_path), [[sys.executable, "-c", script]]) for name in "abc"]
+    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    begun = time.monotonic()
+    assert runner.run(work) == 75
+    assert time.monotonic() - begun < 20
+    assert not runner.failed
+    assert not list(tmp_path.rglob("cell.json"))
 
 
 def test_without_slurm_submit_says_so(recipes, tmp_path, monkeypatch):

@@ -68,12 +68,26 @@ def test_runs_without_an_evaluation_are_left_out_by_name(tmp_path):
     assert said == [f"{unfinished} is not finished: left out", f"{unmeasured} is not evaluated: left out"]
 
 
+@pytest.mark.parametrize(("name", "values"), [("effective_batch", (8, 16)), ("test_documents", ("x", "y"))])
+def test_runs_of_a_size_that_were_trained_or_tested_differently_are_refused(name, values, tmp_path):
+    for recipe, value in zip("ab", values, strict=True):
+        folder = write_run(tmp_path / recipe / "1M/seed0", 0.5, {})
+        if name == "test_documents":
+            (folder / "results.json").write_text(json.dumps({"test": {"loss": 4.5, "documents": value}}))
+        else:
+            run = json.loads((folder / "run.json").read_text())
+            run["args"][name] = value
+            (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=rf"--{name}.* differs, {values[0]} in .*a/1M/seed0; {values[1]} in .*b/1M/seed0"):
+        read_results(tmp_path)
+
+
 def test_runs_that_were_evaluated_in_different_ways_are_refused(tmp_path):
     write_run(tmp_path / "a/1M/seed0", 0.5, {}, limit=10)
     write_run(tmp_path / "b/1M/seed0", 0.5, {})
     expected = (
         f"final_tasks.json: limit differs, 10 in {tmp_path}/a/1M/seed0; None in {tmp_path}/b/1M/seed0:"
-        " evaluate all runs with the same arguments"
+        " train and evaluate all runs with the same arguments"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         read_results(tmp_path)
