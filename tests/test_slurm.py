@@ -269,3 +269,25 @@ def test_an_array_that_lacks_tasks_is_refused(cluster, wait_for_state, tmp_path,
     wait_for_state(f"{job}_1", "FAILED")
     (message,) = set(said().splitlines())
     assert message.startswith("the array has 2 tasks from 1 to 3, all from 0 on are needed to know what share each packs")
+
+
+def test_a_ladder_is_an_array_whose_tasks_go_on_after_a_signal(cluster, tmp_path, said):
+    for recipe in ("one", "other"):
+        write_pack(tmp_path / "recipes" / recipe, byte_level_bpe(), source={"documents": recipe})
+    ladder = [sys.executable, "ladder.py", "submit", "--sizes=neox-64x2", f"--recipes={tmp_path}/recipes", "--seeds=1"]
+    ladder += [f"--ladder={tmp_path}/ladder", "--batch=8", f"--tokens={192 * 8 * 200}", "--allow_epochs", "--at_once=1"]
+    ladder += [f"--sbatch=--gres=none --cpus-per-task=1 --output={tmp_path}/%A_%a.out"]
+    ladder += ["--", "--dirty", "--micro_batch=8", "--precision=fp32", "--eval_every=1000", "--log_every=1", "--eval_blocks=2"]
+    printed = cluster.ask(*ladder)
+    assert "--array=0,1%1 --gres=gpu:1 --gres=none" in printed
+    job = printed.split()[-1]
+    log = tmp_path / "ladder/one/neox-64x2/seed0/logs/train.jsonl"
+    wait_until(lambda: log.exists() and '{"step": 3, ' in log.read_text(), 120, said)
+    write_pack(tmp_path / "recipes/a_third", byte_level_bpe())  # which must not change what a task is
+    cluster.ask("scancel", "--signal=USR1", "--batch", f"{job}_0")  # what comes before the time limit
+    cells = [tmp_path / f"ladder/{recipe}/neox-64x2/seed0/cell.json" for recipe in ("one", "other")]
+    wait_until(lambda: all(cell.exists() for cell in cells), 240, said)
+    told = [[event["event"] for event in events(cell.parent)] for cell in cells]
+    assert told == [["started", "stopped", "resumed", "finished"], ["started", "finished"]]
+    wait_until(lambda: not cluster.ask("squeue", "--noheader", "--jobs", job), 60, said)
+    assert "nothing to do" in cluster.ask(*ladder[:3], "--only", "one", "other", *ladder[3:])
