@@ -39,21 +39,21 @@ class TrainerArgs(RunArgs):
     """Optimizer steps of linear warm-up (one_cycle and gpt3 have their own)."""
     min_lr_ratio: float
     """Last learning rate over the peak, for cosine, linear, wsd and gpt3."""
-    pct_start: float = 0.3
+    pct_start: float = Schedule.pct_start
     """one_cycle: share of the steps in which the learning rate rises."""
-    div_factor: float = 25.0
+    div_factor: float = Schedule.div_factor
     """one_cycle: peak over first learning rate."""
-    final_div_factor: float = 1e4
+    final_div_factor: float = Schedule.final_div_factor
     """one_cycle: first over last learning rate."""
-    three_phase: bool = False
+    three_phase: bool = Schedule.three_phase
     """one_cycle: as long down to the first learning rate as up, and from there to the last."""
-    cycle_momentum: bool = False
+    cycle_momentum: bool = Schedule.cycle_momentum
     """one_cycle: the first beta, or momentum, goes from .95 to .85 and back while the learning rate rises and falls."""
-    decay_share: float = 0.1
+    decay_share: float = Schedule.decay_share
     """wsd: share of the steps in which the learning rate falls."""
-    warmup_tokens: int = 375_000_000
+    warmup_tokens: int = Schedule.warmup_tokens
     """gpt3: tokens of linear warm-up."""
-    decay_tokens: int = 260_000_000_000
+    decay_tokens: int = Schedule.decay_tokens
     """gpt3: tokens until the learning rate is at its last value."""
     weight_decay: float
     """Of the weights, decoupled from the gradient (of sgd, a part of it)."""
