@@ -205,7 +205,7 @@ def slots(args: Run, cells: Sequence[Cell]) -> list[Environment]:
     else:
         found = [{} for _ in range(args.workers)]
     for number, slot in enumerate(found):
-        slot["OMP_NUM_THREADS"] = str(max(1, cores // (len(found) * each)))
+        slot["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (len(found) * each)))
         if each > 1:
             slot.update(one_node(number, each, "CUDA_VISIBLE_DEVICES" in slot))
     return found

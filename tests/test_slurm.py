@@ -275,7 +275,7 @@ def test_a_ladder_is_an_array_whose_tasks_go_on_after_a_signal(cluster, tmp_path
     for recipe in ("one", "other"):
         write_pack(tmp_path / "recipes" / recipe, byte_level_bpe(), source={"documents": recipe})
     ladder = [sys.executable, "ladder.py", "submit", "--sizes=neox-64x2", f"--recipes={tmp_path}/recipes", "--seeds=1"]
-    ladder += [f"--ladder={tmp_path}/ladder", "--batch=8", f"--tokens={192 * 8 * 200}", "--allow_epochs", "--at_once=1"]
+    ladder += [f"--ladder={tmp_path}/ladder", "--batch=8", f"--tokens={192 * 8 * 100}", "--allow_epochs", "--at_once=1"]
     ladder += [f"--sbatch=--gres=none --cpus-per-task=1 --output={tmp_path}/%A_%a.out"]
     ladder += ["--", "--dirty", "--micro_batch=8", "--precision=fp32", "--eval_every=1000", "--log_every=1", "--eval_blocks=2"]
     printed = cluster.ask(*ladder)
