@@ -1,6 +1,7 @@
-"""Pretrain a causal language model on packed text, from a pre-pretrained one, with some synthetic examples among the text.
+"""Pretrain a causal language model on packed text: from random weights, or from a pre-pretrained one with synthetic examples.
 
     python build_pretrain.py --scratch_dir S --total_steps 10000 --effective_batch 32        # first; or beside the training
+    accelerate launch --num_processes 8 pretrain.py --scratch_dir S --total_steps 10000 --effective_batch 32       # text alone
     accelerate launch --num_processes 8 pretrain.py --scratch_dir S --data_dir S/data/nl_splits/mis384_look64_seed12345 \
         --pptrain_checkpoint latest --total_steps 10000 --mixin_percent 0.02
 
@@ -10,7 +11,7 @@ stopped run goes on exactly where it was: run the same command again. The defaul
 
 Reads   SCRATCH_DIR/data/c4_packed (build_pretrain.py; it may still be packing, and is waited for), DATA_DIR
         (build_data_splits.py), SCRATCH_DIR/pptrain (pptrain.py)
-Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/step_*, final/}, and
+Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/step_*, final/, results.json}, and
         problematic_batch.pt where a loss or gradient was not finite
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
