@@ -33,7 +33,7 @@ import tyro
 
 from lm.args import below, check, not_positive, parse
 from lm.commands import run_command
-from lm.decisions import decision_table
+from lm.decisions import decision_table, scores
 from lm.files import whole_file, write_json, write_lines
 from lm.ladder_plan import Cell, find_recipes, make_plan, rows_of_plan
 from lm.ladder_results import read_results
@@ -283,16 +283,28 @@ def submit(args: Submit) -> int:
 
 def decide(args: Decide) -> None:
     """Read, compare, draw, write, and say what was found."""
-    rows = decision_table(read_results(args.results, args.step), args.target, _named(args.measures), _named(args.tasks))
+    results = read_results(args.results, args.step)
+    rows = decision_table(results, args.target, _named(args.measures), _named(args.tasks))
+    reached = scores(results, args.target)
     folder = args.output_dir or (args.results if args.results.is_dir() else args.results.parent)
     folder.mkdir(parents=True, exist_ok=True)
     decisions_figure(folder / "decisions.png", rows, args.target)
-    write_json(folder / "decisions.json", {"target": args.target, "rows": rows})
+    write_json(folder / "decisions.json", {"target": args.target, "rows": rows, "scores": reached})
     write_lines(folder / "decisions.jsonl", rows)
-    table = markdown(rows_of_decisions(rows))
+    table = f"{markdown(rows_of_scores(reached))}\n\n{markdown(rows_of_decisions(rows))}"
     with whole_file(folder / "decisions.md") as partial:
         partial.write_text(f"# Decisions, as {args.target} ranks the recipes\n\n{table}\n\n![decisions](decisions.png)\n")
     print(f"{table}\nfigure: {folder}/decisions.png, results: {folder}/decisions.json, .jsonl, .md")
+
+
+def rows_of_scores(reached: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What the recipes reached as cells of a table, a line for each task: means, and deviations over seeds."""
+    recipes = list(dict.fromkeys(row["recipe"] for row in reached))
+    lines: dict[str, dict[str, str]] = {}
+    for row in reached:
+        deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.3f}"
+        lines.setdefault(f"{row['task']} ({row['measure']})", {})[row["recipe"]] = f"{row['mean']:.3f}{deviation}"
+    return [["task", *recipes], *([task, *(of.get(recipe, "-") for recipe in recipes)] for task, of in lines.items())]
 
 
 def _named(names: str) -> list[str]:

@@ -106,6 +106,20 @@ def decision_table(
     return rows
 
 
+def scores(results: Sequence[Result], target: str) -> list[dict[str, Any]]:
+    """What each recipe reached at the target size: a row for each recipe and task with mean and deviation over seeds."""
+    ladder, rows = Ladder(results), []
+    for task in sorted(task for size, task in ladder.values if size == target and ladder.primary(target, task)):
+        measure = ladder.primary(target, task)
+        for recipe, values in zip(ladder.recipes, ladder.values[target, task][measure], strict=True):
+            known = values[np.isfinite(values)]
+            deviation = float(known.std(ddof=1)) if len(known) > 1 else None
+            if len(known):
+                row = {"recipe": recipe, "task": task, "measure": measure, "mean": float(known.mean()), "deviation": deviation}
+                rows.append(row | {"seeds": len(known)})
+    return rows
+
+
 def _refuse_unknown(flag: str, names: Sequence[str], known: Any) -> None:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{flag} {' '.join(unknown)}: one of {', '.join(known)} is needed")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.comparable import Result
-from lm.decisions import decision_table
+from lm.decisions import decision_table, scores
 from lm.plots import decisions_figure
 from lm.ranking import agreement, decide, seed_means, seed_noise, spread, wilson
 
@@ -118,6 +118,14 @@ def test_a_row_says_what_was_compared():
     }
     assert 0 < low < 2.5 / 3 < high < 1
     assert (second["size"], second["decision_accuracy"], second["noise"], second["spread_to_noise"]) == ("16M", 0.0, 0.0, None)
+
+
+def test_scores_are_means_and_deviations_over_the_seeds_of_each_recipe():
+    found = scores(results({"4M": [[9.0], [9.0]], "1B": [[0.25, 0.75], [0.5]]}), "1B")
+    assert found == [
+        {"recipe": "a", "task": "piqa", "measure": "primary_metric", "mean": 0.5, "deviation": math.sqrt(0.125), "seeds": 2},
+        {"recipe": "b", "task": "piqa", "measure": "primary_metric", "mean": 0.5, "deviation": None, "seeds": 1},
+    ]
 
 
 def test_of_losses_the_lower_is_better():

@@ -195,6 +195,19 @@ def test_bad_arguments_are_said_before_anything_runs(recipes, tmp_path):
     assert not (tmp_path / "ladder").exists()
 
 
+def test_decide_says_draws_and_writes_what_it_found(tmp_path, capsys):
+    table = ROOT / "tests/data/published_results.csv"
+    assert ladder.main(["decide", str(table), "--target=1B", f"--output_dir={tmp_path}", "--tasks=arc_easy"]) == 0
+    said, found = capsys.readouterr().out, read_json(tmp_path / "decisions.json", "")
+    assert {row["task"] for row in found["rows"] + found["scores"]} == {"arc_easy", "mmlu"}
+    assert found["rows"] == read_jsonl(tmp_path / "decisions.jsonl", "")
+    for row in found["rows"]:
+        assert f"| {row['size']} " in said
+        assert f"| {row['decision_accuracy']:.2f} " in said
+    assert (tmp_path / "decisions.png").stat().st_size > 5000
+    assert said.splitlines()[3] in (tmp_path / "decisions.md").read_text()
+
+
 def test_a_pack_that_is_not_finished_is_refused(recipes, tmp_path):
     whole = write_pack(tmp_path / "whole", TOKENIZER)
     publish(whole, tmp_path / "recipes/growing", 2)
