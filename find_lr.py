@@ -35,7 +35,7 @@ from lm.args import below, check, not_positive
 from lm.files import whole_file, write_json
 from lm.loss import mixed_loss, packed_loss
 from lm.lr_range import FEWEST_STEPS, Curve, Suggestions, range_test, rates, smooth, suggest
-from lm.micro_batches import load
+from lm.micro_batches import rows_of_step
 from lm.models import num_parameters
 from lm.plots import lr_range_figure
 from lm.provenance import read_tree
@@ -120,12 +120,12 @@ def of_train(args: OfTrain) -> Trial:
     """Windows of papers."""
     ready = train.prepare(replace(args, upload_results_to_s3=False))
     plan, accelerator = ready.plan, ready.accelerator
-    loader = load(plan.train, train.micro_batch_sampler(0, plan, args, accelerator), args.num_workers, accelerator)
+    loader = train.make_loader(args, plan, accelerator)
     weight = plan.tokens_per_step / accelerator.num_processes
 
     def steps() -> Iterator[tuple[list[Any], float]]:
-        while True:
-            yield send_to_device([next(loader) for _ in range(plan.grad_accum)], accelerator.device), weight
+        for step in itertools.count():
+            yield send_to_device(loader.step(step), accelerator.device), weight
 
     data = f"{', '.join(plan.train.categories)} of {args.data_dir}"
     return Trial(accelerator, ready.model, train.window_loss, steps(), data, plan.effective_batch)
@@ -135,12 +135,11 @@ def of_pptrain(args: OfPptrain) -> Trial:
     """Examples of the first stage."""
     ready = pptrain.prepare(replace(args, max_steps=args.num_steps))
     plan, accelerator = ready.plan, ready.accelerator
-    maker = pptrain.MicroBatchMaker(ready.args, plan, args.start_stage)
-    loader = load(maker, pptrain.micro_batch_sampler(0, plan, args, accelerator), args.num_workers, accelerator)
+    loader = pptrain.make_loader(ready.args, plan, accelerator)
 
     def steps() -> Iterator[tuple[list[Any], float]]:
-        while True:
-            micro_batches = [next(loader) for _ in range(plan.grad_accum)]
+        for step in itertools.count():
+            micro_batches = loader.step(step, args.start_stage)
             weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
             yield send_to_device(micro_batches, accelerator.device), weight
 
@@ -161,7 +160,7 @@ def of_pretrain(args: OfPretrain) -> Trial:
 
     def steps() -> Iterator[tuple[list[Any], float]]:
         for step in itertools.count():
-            samples = pretrain.samples_of_step(step, plan, args, accelerator)
+            samples = rows_of_step(step, args.micro_batch, plan.grad_accum, accelerator)
             micro_batches = [plan.mixed.rows(rows, pass_blocks) for rows in samples]
             yield send_to_device(micro_batches, accelerator.device), weight
 

@@ -17,7 +17,6 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 
 import copy
 import functools
-import itertools
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
@@ -38,7 +36,7 @@ from lm.graph_search import Task
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Columns, Ledger
 from lm.loss import packed_loss
-from lm.micro_batches import MicroBatches, load
+from lm.micro_batches import Loader, rows_of_step
 from lm.models import architecture, build_model, num_parameters
 from lm.packing import Batch, Loss, attention_reach, pack, row_ids, sees_only_itself
 from lm.profiling import part
@@ -173,54 +171,42 @@ def identity(
     return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
-class MicroBatchMaker(Dataset):
-    """Packed micro-batches of one stage, as a dataset for loader processes; with --ledger, and what it says of their rows."""
-
-    def __init__(self, args: Args, plan: Plan, stage: int):
-        self.args, self.plan = args, plan
-        self.examples = at_stage(plan.examples, stage)
-
-    def micro_batch(self, rows: range) -> Batch:
-        """These examples, packed."""
-        made = self.examples.examples(rows.start, len(rows))
-        batch = pack(made.ids, made.answer_tokens, self.args.loss, self.plan.reach)
-        return batch | {"num_too_long": torch.tensor(made.num_too_long)}
-
-    def __getitems__(self, rows: range) -> Batch | tuple[Batch, Columns]:
-        batch = self.micro_batch(rows)
-        if not self.args.ledger:
-            return batch
-        return batch, {"example": np.array(rows), "stage": np.full(len(rows), self.examples.stage)}
-
-
 def at_stage(examples: SyntheticExamples, stage: int) -> SyntheticExamples:
-    """The same examples of another stage; what loaders of the old stage hold is not touched."""
+    """The same examples of another stage."""
     examples = copy.copy(examples)
     examples.stage = stage
     return examples
 
 
-def micro_batch_sampler(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> MicroBatches:
-    """The rows of this process's micro-batches, from data step `data_step` on."""
-    return MicroBatches(data_step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
+def make_micro_batch(args: Args, plan: Plan, rows: range, stage: int) -> Batch | tuple[Batch, Columns]:
+    """These examples of a stage, packed; with --ledger, and what it says of their rows."""
+    examples = at_stage(plan.examples, stage)
+    made = examples.examples(rows.start, len(rows))
+    batch = pack(made.ids, made.answer_tokens, args.loss, plan.reach)
+    batch |= {"num_too_long": torch.tensor(made.num_too_long)}
+    if not args.ledger:
+        return batch
+    return batch, {"example": np.array(rows), "stage": np.full(len(rows), examples.stage)}
 
 
-def train(args: Args, plan: Plan, session: Session) -> int:
+def make_loader(args: Args, plan: Plan, accelerator: Accelerator) -> Loader:
+    """Of micro-batches of whatever stage is asked for."""
+    make = functools.partial(make_micro_batch, args, plan)
+    return Loader(make, args.micro_batch, plan.grad_accum, args.num_workers, accelerator, 0, args.start_stage)
+
+
+def train(args: Args, plan: Plan, session: Session, loader: Loader) -> int:
     """Train until the last stage is passed or the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED)."""
     run, accelerator = session.run, session.accelerator
-    ledger = Ledger(run, args.ledger, row_ids)
-    loader, waited = None, 0.0
+    ledger, waited = Ledger(run, args.ledger, row_ids), 0.0
     while not is_done(args, plan, session.progress):
         step, data_step = session.progress.step, session.progress.data_step
         if step == 0:
             evaluate(args, plan, session)
-        if loader is None:  # also after a stage: what was prefetched for the old one never trains
-            maker = MicroBatchMaker(args, plan, session.progress.stage)
-            loader = load(maker, micro_batch_sampler(data_step, plan, args, accelerator), args.num_workers, accelerator)
         lr = args.lr * plan.schedule.factor(step)
         before = time.perf_counter()
         with part("data"):
-            micro_batches = [next(loader) for _ in range(plan.grad_accum)]
+            micro_batches = loader.step(data_step, session.progress.stage)
         waited += time.perf_counter() - before
         micro_batches = ledger.note(micro_batches)
         weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
@@ -231,7 +217,6 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
         if result is None:
             session.end_rollback()
-            loader = None  # the run went back to a checkpoint, and goes on with other data
             continue
         account(session.progress, args, result.outcomes, counts, accelerator)
         progress, step = session.progress, step + 1
@@ -246,7 +231,6 @@ def train(args: Args, plan: Plan, session: Session) -> int:
             evaluate(args, plan, session)
             progress.stage = next_stage(progress.stage, args.stage_step, plan.task.max_lookahead)
             progress.recent = []
-            loader = None
         if session.end_step(is_done(args, plan, progress)):
             return EXIT_STOPPED
     return 0
@@ -267,7 +251,7 @@ def account(progress: Progress, args: Args, correct: tuple[torch.Tensor, ...], c
     own = torch.cat([torch.stack(correct).long().flatten(), torch.tensor(counts, device=accelerator.device)])
     everyone = accelerator.gather(own[None]).cpu().numpy()
     flags = everyone[:, : -len(counts)].reshape(accelerator.num_processes, len(correct), -1)
-    # micro-batch m of process p holds the rows after those of process p - 1: see MicroBatches
+    # micro-batch m of process p holds the rows after those of process p - 1: see rows_of_step
     progress.recent = (progress.recent + flags.transpose(1, 0, 2).astype(bool).flatten().tolist())[-args.curr_window :]
     progress.tokens += int(everyone[:, -2].sum())
     progress.too_long += int(everyone[:, -1].sum())
@@ -275,8 +259,9 @@ def account(progress: Progress, args: Args, correct: tuple[torch.Tensor, ...], c
 
 def sources(data_step: int, stage: int, plan: Plan, args: Args, accelerator: Accelerator) -> list[list[dict]]:
     """The examples of this process as text, for each micro-batch of a step."""
-    sampler, examples = micro_batch_sampler(data_step, plan, args, accelerator), at_stage(plan.examples, stage)
-    return [examples.texts(rows.start, len(rows)) for rows in itertools.islice(sampler, plan.grad_accum)]
+    examples = at_stage(plan.examples, stage)
+    rows_of_each = rows_of_step(data_step, args.micro_batch, plan.grad_accum, accelerator)
+    return [examples.texts(rows.start, len(rows)) for rows in rows_of_each]
 
 
 @part("evaluate")
@@ -386,14 +371,15 @@ def main(args: Args) -> int:
         "vocab_size": len(tokenizer),
         "num_parameters": num_parameters(model),
     }
+    loader = make_loader(args, plan, ready.accelerator)  # now, while nothing is written in the background
     with open_run(args, derived, ready.accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         say_what_to_know(run, args, plan, ready.share_too_long)
-        sample = MicroBatchMaker(args, plan, args.start_stage).micro_batch(range(args.micro_batch))
+        sample = make_micro_batch(replace(args, ledger=False), plan, range(args.micro_batch), args.start_stage)
         start, same_run = Progress(stage=args.start_stage), identity(args, plan, splits, tokenizer, model)
         session = Session(args, run, model, optimizer_of(args, model), packed_loss, sample, start, same_run)
         session.resume()
-        code = train(args, plan, session)
+        code = train(args, plan, session, loader)
         if code == 0:
             session.finish(tokenizer, about(session.progress))
             run.log.say(f"{session.progress.too_long} examples were left out because they are longer than --seq_len")

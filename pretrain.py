@@ -18,7 +18,6 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 
 import bisect
 import functools
-import itertools
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +40,7 @@ from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
 from lm.loss import MEASURED, means, mixed_loss
 from lm.measure import mean_loss
-from lm.micro_batches import MicroBatches
+from lm.micro_batches import rows_of_step
 from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
 from lm.models import architecture, build_model, non_embedding_parameters, num_parameters
 from lm.packing import Batch, Loss, attention_reach, sees_only_itself
@@ -207,7 +206,7 @@ def train(args: Args, plan: Plan, session: Session) -> int:
         if not blocks_are_there(args, plan, session):
             return EXIT_STOPPED
         lr = args.lr * plan.schedule.factor(step)
-        samples = list(samples_of_step(data_step, plan, args, accelerator))
+        samples = rows_of_step(data_step, args.micro_batch, plan.grad_accum, accelerator)
         with part("data"):
             micro_batches = make_micro_batches(samples, plan, session.progress.pass_blocks, ledger, accelerator)
         waited += time.perf_counter() - before
@@ -249,12 +248,6 @@ def blocks_are_there(args: Args, plan: Plan, session: Session) -> bool:
             session.give_up(RuntimeError(f"step {progress.step + 1} finds no text{over}: {too_short}"))
         progress.pass_blocks = blocks
     return True
-
-
-def samples_of_step(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> itertools.islice:
-    """The samples of each of this process's micro-batches of a step."""
-    process, processes = accelerator.process_index, accelerator.num_processes
-    return itertools.islice(MicroBatches(data_step, args.micro_batch, plan.grad_accum, process, processes), plan.grad_accum)
 
 
 def make_micro_batches(

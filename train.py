@@ -15,7 +15,6 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -32,7 +31,7 @@ from lm.args import below, check, not_positive, outside_0_to_1, parse
 from lm.ledger import Columns, Ledger
 from lm.loss import cross_entropy_sum
 from lm.measure import mean_loss
-from lm.micro_batches import MicroBatches, load
+from lm.micro_batches import Loader, rows_of_step
 from lm.models import architecture, build_model, num_parameters
 from lm.papers import Papers, read_papers
 from lm.profiling import part
@@ -198,45 +197,35 @@ def row_ids(windows: torch.Tensor) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     return zip(ids[:, :-1], ids[:, 1:], strict=True)
 
 
-class NotedWindows(torch.utils.data.Dataset):
-    """Micro-batches of windows, with what the ledger says of them."""
-
-    def __init__(self, windows: RandomWindowDataset):
-        self.windows = windows
-
-    def __getitems__(self, examples: range) -> tuple[torch.Tensor, Columns]:
-        windows, paper, first_token = self.windows.draw(examples.start, len(examples))
-        return torch.from_numpy(windows), {"example": np.array(examples), "paper": paper, "first_token": first_token}
+def noted_windows(windows: RandomWindowDataset, examples: range) -> tuple[torch.Tensor, Columns]:
+    """A micro-batch of windows, with what the ledger says of them."""
+    drawn, paper, first_token = windows.draw(examples.start, len(examples))
+    return torch.from_numpy(drawn), {"example": np.array(examples), "paper": paper, "first_token": first_token}
 
 
-def micro_batch_sampler(step: int, plan: Plan, args: Args, accelerator: Accelerator) -> MicroBatches:
-    """The rows of this process's micro-batches, from data step `step` on."""
-    return MicroBatches(step, args.micro_batch, plan.grad_accum, accelerator.process_index, accelerator.num_processes)
+def make_loader(args: Args, plan: Plan, accelerator: Accelerator) -> Loader:
+    """Of windows, or of windows and what the ledger says of them."""
+    make = functools.partial(noted_windows, plan.train) if args.ledger else plan.train.__getitems__
+    return Loader(make, args.micro_batch, plan.grad_accum, args.num_workers, accelerator, 0)
 
 
-def train(args: Args, plan: Plan, session: Session, tokenizer: PreTrainedTokenizerBase) -> int:
+def train(args: Args, plan: Plan, session: Session, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> int:
     """Train until the plan is done (returns 0) or a signal asks to stop (returns EXIT_STOPPED)."""
     run, accelerator = session.run, session.accelerator
     weight = plan.tokens_per_step / accelerator.num_processes
     ledger = Ledger(run, args.ledger, row_ids, {"paper": plan.train.papers.paper_ids})
-    dataset = NotedWindows(plan.train) if args.ledger else plan.train
-    loader = None
     while not is_done(args, plan, session.progress):
         step, data_step = session.progress.step, session.progress.data_step
-        if loader is None:
-            micro_batches = micro_batch_sampler(data_step, plan, args, accelerator)
-            loader = load(dataset, micro_batches, args.num_workers, accelerator)
         lr = args.lr * plan.schedule.factor(step)
         lr *= plateau_factor(session.progress.val_losses, args.reduce_lr_factor, args.reduce_lr_patience)
         with part("data"):
-            windows = ledger.note([next(loader) for _ in range(plan.grad_accum)])
+            windows = ledger.note(loader.step(data_step))
         with part("to_device"):
             micro_batches = [batch.to(accelerator.device, non_blocking=True) for batch in windows]
         source = functools.partial(sources, data_step, plan, args, accelerator)
         result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
         if result is None:
             session.end_rollback()
-            loader = None  # the run went back to a checkpoint, and goes on with other data
             continue
         step += 1
         ledger.write(step, data_step)
@@ -259,8 +248,8 @@ def is_done(args: Args, plan: Plan, progress: Progress) -> bool:
 
 def sources(data_step: int, plan: Plan, args: Args, accelerator: Accelerator) -> list[list[tuple[str, int]]]:
     """Paper id and first token of each window of this process, for each micro-batch of a step."""
-    sampler = micro_batch_sampler(data_step, plan, args, accelerator)
-    return [plan.train.sources(rows) for rows in itertools.islice(sampler, plan.grad_accum)]
+    rows_of_each = rows_of_step(data_step, args.micro_batch, plan.grad_accum, accelerator)
+    return [plan.train.sources(rows) for rows in rows_of_each]
 
 
 @part("evaluate")
@@ -338,12 +327,13 @@ def main(args: Args) -> int:
         "vocab_size": papers.meta["vocab_size"],
         "num_parameters": num_parameters(model),
     }
+    loader = make_loader(args, plan, accelerator)  # now, while nothing is written in the background
     with open_run(args, derived, accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         sample, same_run = torch.from_numpy(plan.validation[:1]), identity(args, plan, papers, model)
         session = Session(args, run, model, optimizer_of(args, model), window_loss, sample, Progress(), same_run)
         session.resume()
-        code = train(args, plan, session, tokenizer)
+        code = train(args, plan, session, loader, tokenizer)
         if code == 0:
             session.finish(tokenizer, about(plan, session.progress))
         run.close()

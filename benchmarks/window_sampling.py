@@ -3,13 +3,14 @@
     python -m benchmarks.window_sampling
 
 Both read the same memory-mapped file of the real data's size in papers and a fifth of it in tokens, and end with int64
-inputs and targets of (micro_batch, sequence_length). Ours is the whole training path: sampler, DataLoader, RandomWindowDataset
+inputs and targets of (micro_batch, sequence_length). Ours is the whole training path: loader, RandomWindowDataset
 with papers, weights and vocabulary check, and the conversion that train.py makes on the device. The peer does what
 nanoGPT's get_batch does (github.com/karpathy/nanoGPT, train.py): opens the memory map anew, draws positions without looking
 at papers, and stacks one int64 copy per row for the inputs and one for the targets. Rounds alternate; the ratio of medians
 is printed, and everything is appended to benchmarks/results.jsonl.
 """
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from lm.micro_batches import MicroBatches
+from lm.micro_batches import Loader
 from lm.papers import Papers
+from lm.run import start_accelerator
 from random_window_dataset import RandomWindowDataset
 
 NUM_PAPERS, TOKENS_PER_PAPER, VOCABULARY = 33_388, 3_000, 50_277
@@ -50,9 +51,9 @@ def store(folder: Path) -> Papers:
 def ours(papers: Papers, micro_batch: int, sequence_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The training path of train.py."""
     dataset = RandomWindowDataset(papers, "train", sequence_length)
-    loader = DataLoader(dataset, batch_sampler=MicroBatches(0, micro_batch, 1, 0, 1), collate_fn=lambda batch: batch)
-    for windows in loader:
-        ids = windows.long()
+    loader = Loader(dataset.__getitems__, micro_batch, 1, 0, start_accelerator("fp32", force_cpu=True), 0)
+    for step in itertools.count():
+        ids = loader.step(step)[0].long()
         yield ids[:, :-1], ids[:, 1:]
 
 

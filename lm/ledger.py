@@ -54,7 +54,7 @@ class Ledger:
         accelerator = self.run.accelerator
         own = np.stack([np.stack(list(columns.values()), axis=1) for columns in self._noted])
         everyone = accelerator.gather(torch.from_numpy(own)[None].to(accelerator.device)).cpu().numpy()
-        # micro-batch m of process p holds the rows after those of process p - 1: see MicroBatches
+        # micro-batch m of process p holds the rows after those of process p - 1: see rows_of_step
         rows = everyone.swapaxes(0, 1).reshape(-1, own.shape[-1])
         values = dict(zip(self._noted[0], rows.T, strict=True))
         written = {name: self._plain(name, column) for name, column in values.items()}

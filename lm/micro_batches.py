@@ -1,41 +1,90 @@
 """Which examples form each micro-batch, on any number of processes, and the loader that makes them ahead."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from lm.run import signals_kept_from_children
 
+Make = Callable[..., Any]
 
-class MicroBatches(Sampler[range]):
-    """The examples of each micro-batch of one process, from a step on: a batch sampler for `DataLoader`.
+
+def rows_of_step(data_step: int, micro_batch: int, grad_accum: int, accelerator: Accelerator) -> list[range]:
+    """The examples of each micro-batch of this process.
 
     Row j of step s is example `s * effective_batch + j`, whatever the number of processes: micro-batch m of process p
     holds the rows from `(m * num_processes + p) * micro_batch` on.
     """
+    process, processes = accelerator.process_index, accelerator.num_processes
+    starts = [((data_step * grad_accum + m) * processes + process) * micro_batch for m in range(grad_accum)]
+    return [range(start, start + micro_batch) for start in starts]
 
-    def __init__(self, first_step: int, micro_batch: int, grad_accum: int, process: int, num_processes: int):
-        self.first_step, self.micro_batch, self.grad_accum = first_step, micro_batch, grad_accum
-        self.process, self.num_processes = process, num_processes
 
-    def __iter__(self) -> Iterator[range]:
-        block = self.first_step * self.grad_accum
+class Loader:
+    """The micro-batches of one step after another, made ahead by processes that are started once.
+
+    To be made before the process has threads of its own, which a fork copies in whatever state they are.
+
+    Args:
+        make: (examples of a micro-batch, *what else it depends on) -> micro-batch.
+        micro_batch, grad_accum: as in `rows_of_step`.
+        num_workers: processes that work ahead; 0 makes each micro-batch when it is asked for.
+        first: the data step and what else, as in `step`, that is made ahead from the beginning.
+    """
+
+    def __init__(self, make: Make, micro_batch: int, grad_accum: int, num_workers: int, accelerator: Accelerator, *first: Any):
+        self._grad_accum, self._next = grad_accum, first
+        self._orders = _Orders(micro_batch, grad_accum, accelerator)
+        self._orders.begin(*first)
+        options = {"num_workers": num_workers, "pin_memory": accelerator.device.type == "cuda", "collate_fn": _as_it_is}
+        with signals_kept_from_children():
+            self._made = iter(DataLoader(_Maker(make), batch_sampler=self._orders, **options))
+
+    def step(self, data_step: int, *what: Any) -> list[Any]:
+        """This process's micro-batches of a step.
+
+        If it is not the step after the last one, or something else is asked for, what has been made ahead is thrown away.
+        """
+        if (data_step, *what) != self._next:
+            self._orders.begin(data_step, *what)
+        self._next = (data_step + 1, *what)
+        return [self._take() for _ in range(self._grad_accum)]
+
+    def _take(self) -> Any:
         while True:
-            start = (block * self.num_processes + self.process) * self.micro_batch
-            yield range(start, start + self.micro_batch)
-            block += 1
+            turn, micro_batch = next(self._made)
+            if turn == self._orders.turn:
+                return micro_batch
 
 
-def load(dataset: Dataset, micro_batches: MicroBatches, num_workers: int, accelerator: Accelerator) -> Iterator[Any]:
-    """What `dataset.__getitems__` makes of each range of examples, without end, `num_workers` processes working ahead."""
-    pin = accelerator.device.type == "cuda"
-    loader = DataLoader(dataset, batch_sampler=micro_batches, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin)
-    with signals_kept_from_children():
-        return iter(loader)
+class _Orders:
+    """What is to be made next, asked for in the trainer's process; each order has the number of its beginning."""
+
+    def __init__(self, *layout: Any):
+        self.layout, self.turn = layout, 0
+
+    def begin(self, data_step: int, *what: Any) -> None:
+        self.turn += 1
+        rows = itertools.chain.from_iterable(rows_of_step(step, *self.layout) for step in itertools.count(data_step))
+        self.orders = zip(itertools.repeat(self.turn), rows, itertools.repeat(what), strict=False)
+
+    def __iter__(self) -> Iterator[tuple[int, range, tuple]]:
+        while True:
+            yield next(self.orders)
+
+
+class _Maker(Dataset):
+    def __init__(self, make: Make):
+        self.make = make
+
+    def __getitems__(self, order: tuple[int, range, tuple]) -> tuple[int, Any]:
+        turn, rows, what = order
+        return turn, self.make(rows, *what)
 
 
 def _as_it_is(micro_batch: Any) -> Any:
-    """The dataset makes whole micro-batches already."""
+    """The maker makes whole micro-batches already."""
     return micro_batch

@@ -175,7 +175,6 @@ def open_run(args: RunArgs, derived: dict[str, Any], accelerator: Accelerator) -
             lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise RuntimeError(f"cannot write in {folder} ({error}): make room, or pass another --output_dir") from None
-        os.register_at_fork(after_in_child=lock.close)  # or a loader process would hold it after the trainer is dead
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

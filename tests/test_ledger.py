@@ -24,7 +24,7 @@ from lm.args import parse
 from lm.files import listed, read_json, write_sealed
 from lm.heldout import encode_rows
 from lm.ledger import compare_ledgers
-from lm.micro_batches import MicroBatches
+from lm.micro_batches import Loader
 from lm.mixed_rows import MixedRows
 from lm.papers import read_papers
 from lm.redraw import Sample
@@ -532,12 +532,12 @@ def test_a_loader_that_begins_at_the_wrong_place_after_a_rollback_is_seen(papers
     poison(monkeypatch, papers_dir, 7)
     places = []
 
-    class Late(MicroBatches):
-        def __init__(self, first_step, *rest):
-            places.append(first_step)
-            super().__init__(first_step + (first_step == 8), *rest)
+    class Late(Loader):
+        def step(self, data_step):
+            places.append(data_step)
+            return super().step(data_step + (data_step >= 8))
 
-    monkeypatch.setattr(train, "MicroBatches", Late)
+    monkeypatch.setattr(train, "Loader", Late)
     named = faults(train_here(tmp_path / "run", papers_dir, token_budget=24 * 12 * 10))
     assert 8 in places
     assert named["wrong example"][0] == "step 6 row 0 is example 108, not 96"

@@ -1,12 +1,12 @@
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from lm.micro_batches import MicroBatches
+from lm.micro_batches import Loader, rows_of_step
 from lm.papers import read_papers
 from random_window_dataset import RandomWindowDataset, choose_categories
 
@@ -147,9 +147,11 @@ def test_every_split_of_a_batch_makes_the_same_steps(processes, micro_batch, pap
     assert rest == 0
     rows: dict[int, list[int]] = {step: [] for step in (5, 6)}
     for process in range(processes):
-        batches = iter(MicroBatches(5, micro_batch, grad_accum, process, processes))
+        accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=process, num_processes=processes)
+        loader = Loader(dataset.__getitems__, micro_batch, grad_accum, 0, accelerator, 5)
         for step in rows:
-            rows[step] += [row for _ in range(grad_accum) for row in next(batches)]
+            parts = rows_of_step(step, micro_batch, grad_accum, accelerator)
+            rows[step] += [row for part in parts for row in part]
+            for part, windows in zip(parts, loader.step(step), strict=True):
+                assert np.array_equal(windows, dataset.windows(part.start, micro_batch))
     assert {step: sorted(found) for step, found in rows.items()} == {5: list(range(120, 144)), 6: list(range(144, 168))}
-    loader = DataLoader(dataset, batch_sampler=MicroBatches(5, micro_batch, grad_accum, 0, processes), collate_fn=lambda x: x)
-    assert np.array_equal(next(iter(loader)), dataset.windows(120, micro_batch))

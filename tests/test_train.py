@@ -12,13 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from damage import change_meta, flip, list_again
-from torch.utils.data import Dataset
 from training import ROOT, TINY, events, flags, kill, outcome, output, run, start, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from lm.args import parse
-from lm.micro_batches import MicroBatches, load
+from lm.micro_batches import Loader
 from lm.run import STOP_SIGNALS
 from lm.runlog import records
 
@@ -325,12 +324,9 @@ def test_workers_load_the_same_examples(in_process, uninterrupted, tmp_path):
 
 
 def test_loader_processes_never_see_a_stop_signal_and_the_trainer_does():
-    class Blocked(Dataset):
-        def __getitems__(self, examples):
-            return signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
-    assert next(load(Blocked(), MicroBatches(0, 1, 1, 0, 1), 1, accelerator)) == set(STOP_SIGNALS)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    loader = Loader(lambda rows: signal.pthread_sigmask(signal.SIG_BLOCK, []), 1, 1, 1, accelerator, 0)
+    assert loader.step(0) == [set(STOP_SIGNALS)]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
