@@ -5,6 +5,7 @@ that torchrun gives, so that they form one process group; there is no torchrun a
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+SAY_WHERE = signal.SIGUSR2  # in which line each thread is
 Before = Callable[[], None] | None
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(  # of lm too, if this is started in the repository's folder
@@ -73,10 +75,7 @@ class Launch:
 
     def kill(self) -> None:
         """SIGKILL to all, loader processes included, and wait for their end."""
-        family = []
-        for each in self.processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family += psutil.Process(each.pid).children(recursive=True)
+        family = self._loaders()
         self.send(signal.SIGKILL)
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -88,23 +87,35 @@ class Launch:
                 while member.status() != psutil.STATUS_ZOMBIE:
                     time.sleep(0.001)
 
+    def _loaders(self) -> list[psutil.Process]:
+        found = []
+        for each in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += psutil.Process(each.pid).children(recursive=True)
+        return found
+
     def ended(self) -> bool:
         """Whether none of them runs any more."""
         return not any(each.is_alive() for each in self.processes)
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """The exit code of each. Raises: TimeoutError, after killing them, if they take longer."""
+        """The exit code of each. Raises: TimeoutError, after killing them, if they take longer; it says where they were."""
         deadline = time.monotonic() + timeout
         for each in self.processes:
             each.join(max(deadline - time.monotonic(), 0))
         if not self.ended():
+            self.send(SAY_WHERE)
+            for loader in self._loaders():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    loader.send_signal(SAY_WHERE)
+            time.sleep(1)
             self.kill()
             raise TimeoutError(f"it did not end in {timeout} s: {self.said()}")
         return [each.exitcode for each in self.processes]
 
     def said(self) -> str:
         """The end of what they printed."""
-        return self.out.read_text(errors="replace")[-6000:] if self.out.exists() else ""
+        return self.out.read_text(errors="replace")[-12000:] if self.out.exists() else ""
 
 
 def _run(script: Path, argv: list[str], environment: dict[str, str], out: Path, before: Before) -> None:
@@ -114,6 +125,7 @@ def _run(script: Path, argv: list[str], environment: dict[str, str], out: Path, 
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
+    faulthandler.register(SAY_WHERE, file=2)
     os.environ.update(environment)
     sys.argv = [str(script), *argv]
     sys.path.insert(0, str(script.parent))
