@@ -6,5 +6,5 @@ source scripts/setup.sh
 
 ruff check .
 ruff format --check .
-# Each file on one of the workers, so that its fixtures (trained runs, servers) are made once.
-python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations 10 "$@"
+# Each file on one of the workers, so that its fixtures (trained runs, servers) are made once; in tests/conftest.py's order.
+python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations 10 "$@"

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -19,6 +20,18 @@ from hypothesis.configuration import set_hypothesis_home_dir
 set_hypothesis_home_dir(Path(__file__).parents[1] / ".cache/hypothesis")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is alone with one of them in the end."""
+    longest = ["test_scripts.py", "test_slurm.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
+def pytest_unconfigure() -> None:
+    """Loader processes that a failed test holds on to leave signals to their trainer, and Python would wait for them."""
+    for loader in multiprocessing.active_children():
+        loader.kill()
 
 
 def free_port() -> int:
