@@ -14,7 +14,8 @@ formulas of the number of parameters. What is done is skipped, and what was stop
 Reads   RECIPES/*/ (build_pretrain.py); `decide`: LADDER, or the published table (Parquet, CSV, JSON Lines)
 Writes  LADDER/plan.json, LADDER/<recipe>/<size>/seed<k>/ (a run of pretrain.py each, with its evaluation/) and .log
         `decide`: decisions.json, .jsonl, .md and .png
-Exits   `run`: 0 when all is done, 75 when stopped by a signal (the same command goes on), 1 if a run has failed
+Exits   `plan`: 1 if a recipe is too short for it
+        `run`: 0 when all is done, 75 when stopped by a signal (the same command goes on), 1 if a run has failed
 """
 
 import os
@@ -35,7 +36,7 @@ from lm.args import below, check, not_positive, parse
 from lm.commands import run_command
 from lm.decisions import decision_table, scores
 from lm.files import whole_file, write_json, write_lines
-from lm.ladder_plan import Cell, find_recipes, make_plan, rows_of_plan
+from lm.ladder_plan import Cell, find_recipes, make_plan, rows_of_plan, too_short
 from lm.ladder_results import read_results
 from lm.ladder_run import Command, Environment, Runner, is_done
 from lm.plots import decisions_figure
@@ -82,12 +83,21 @@ class Plan:
             found.append("--sizes is empty: pass rungs such as 4M,6M")
         return found
 
-    def cells(self) -> list[Cell]:
-        """The runs of this plan. Raises: FileNotFoundError or ValueError for what does not fit."""
+    def outline(self) -> tuple[list[Cell], list[str]]:
+        """The runs of this plan, and which recipes are too short for it.
+
+        Raises: FileNotFoundError or ValueError for what does not fit.
+        """
         check(self.faults())
         packs, sizes = find_recipes(self.recipes, self.only), [size for size in self.sizes.split(",") if size]
-        of_run = self.tokens_per_parameter, self.tokens, self.batch, self.allow_epochs
-        return make_plan(packs, sizes, self.seeds, self.ladder, *of_run)
+        cells = make_plan(packs, sizes, self.seeds, self.ladder, self.tokens_per_parameter, self.tokens, self.batch)
+        return cells, [] if self.allow_epochs else too_short(packs, cells)
+
+    def cells(self) -> list[Cell]:
+        """The runs of this plan. Raises: as `outline`, and ValueError if a recipe is too short."""
+        cells, missing = self.outline()
+        check(missing)
+        return cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +166,15 @@ class Decide:
     """Where the answers go; by default RESULTS, or the folder of the file."""
 
 
-def plan(args: Plan) -> None:
-    """Print the plan, and write it down."""
-    cells = args.cells()
+def plan(args: Plan) -> int:
+    """Print the plan, and write it down; also one that cannot be run yet, for that is how one learns what to pack."""
+    cells, missing = args.outline()
     write_plan(args, cells)
     print(markdown(rows_of_plan(cells, args.peak_tflops, args.mfu)))
     print(f"hours of one device of {args.peak_tflops:g} TFLOP/s at {args.mfu:.0%}; runs one by one in {args.ladder}/plan.json")
+    for line in missing:
+        print(line)
+    return 1 if missing else 0
 
 
 def write_plan(args: Plan, cells: Sequence[Cell]) -> None:

@@ -129,7 +129,6 @@ def make_plan(
     tokens_per_parameter: float = 100.0,
     tokens: int | None = None,
     batch: int | None = None,
-    allow_epochs: bool = False,
 ) -> list[Cell]:
     """Every cell, the smallest sizes first, so that a plan that is stopped has whole sizes.
 
@@ -137,7 +136,7 @@ def make_plan(
         tokens_per_parameter: length of a run, as DataDecide's "5xC" (5 x 20 tokens); `tokens`: of every run instead.
         batch: rows of a step instead of the formula's.
 
-    Raises: ValueError, all faults together, if a size is unknown, a run shorter than a step, or a pack too short.
+    Raises: ValueError, all faults together, if a size is unknown or a run shorter than a step.
     """
     faults, cells = [], []
     for size in sizes:
@@ -147,15 +146,21 @@ def make_plan(
                     cells.append(_cell(name, pack, size, seed, folder, tokens_per_parameter, tokens, batch))
                 except ValueError as error:
                     faults.append(str(error))
-    for cell in cells:
-        needed, there = cell.steps * cell.batch, packs[cell.recipe].num_blocks
-        if needed > there and not allow_epochs:
-            faults.append(
-                f"{cell.recipe} at {cell.size} needs {needed:,} blocks, {cell.pack} has {there:,}: pack more, pass a lower"
-                " --tokens_per_parameter, or --allow_epochs to read it more than once"
-            )
     check(list(dict.fromkeys(faults)))
     return sorted(cells, key=lambda cell: cell.parameters)
+
+
+def too_short(packs: dict[str, Pack], cells: Sequence[Cell]) -> list[str]:
+    """What is missing of each recipe that the longest of its runs would read more than once."""
+    faults = []
+    for name, pack in packs.items():
+        longest = max((cell for cell in cells if cell.recipe == name), key=lambda cell: cell.steps * cell.batch)
+        if (needed := longest.steps * longest.batch) > pack.num_blocks:
+            faults.append(
+                f"{name} at {longest.size} needs {needed:,} blocks, {pack.folder} has {pack.num_blocks:,}: pack more, pass a"
+                " lower --tokens_per_parameter, or --allow_epochs to read it more than once"
+            )
+    return faults
 
 
 def _cell(

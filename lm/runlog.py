@@ -88,7 +88,8 @@ class RunLog:
         if self.main:
             record = {"step": step, **values, "timestamp": time.time()}
             self._append("logs/eval.jsonl", record)
-            self.say("  ".join([f"step {step}", *(f"{key} {_brief(value)}" for key, value in values.items())]))
+            known = (f"{key} {_brief(value)}" for key, value in values.items() if value is not None)
+            self.say("  ".join([f"step {step}", *known]))
             self._recent.clear()  # the rate of training, not of evaluating
             if self._wandb:
                 self._wandb.log({f"eval/{key}": value for key, value in values.items()}, step=step)

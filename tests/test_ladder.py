@@ -71,7 +71,7 @@ def test_a_rung_of_the_published_vocabulary_has_the_published_settings(tmp_path)
     pack = write_pack(tmp_path / "recipes/neox", TOKENIZER, vocab_size=50_280)
     (found,) = find_recipes(pack.parent).values()
     found.seq_len = 2048  # only its numbers count
-    cells = make_plan({"neox": found}, ("4M", "90M", "530M"), 1, tmp_path, allow_epochs=True)
+    cells = make_plan({"neox": found}, ("4M", "90M", "530M"), 1, tmp_path)
     for cell in cells:
         preset = PRESETS[cell.model]
         assert (cell.parameters, cell.batch, f"{cell.lr:.1e}") == (preset.parameters, preset.batch, f"{preset.lr:.1e}")
@@ -101,13 +101,25 @@ def test_a_plan_has_every_recipe_at_every_size_with_every_seed_the_smallest_firs
     ("changes", "message"),
     [
         ({"sizes": ("5M",)}, r"--sizes 5M is no rung \(4M, 6M, .*1B\) and no preset"),
-        ({"tokens": 10**6}, r"other at neox-64x2 needs [\d,]+ blocks, .*other has 284: pack more"),
         ({"tokens": 99}, r"neox-64x2 would train for less than a step of 8 rows"),
     ],
 )
 def test_what_cannot_be_planned_is_said(changes, message, recipes, tmp_path):
     with pytest.raises(ValueError, match=message):
         cells_of(recipes, tmp_path, **changes)
+
+
+def test_a_plan_is_shown_that_recipes_are_too_short_for_and_not_run(recipes, tmp_path, capsys):
+    long = {"sizes": "neox-64x2,neox-128x2", "tokens": 10**6, "tokens_per_parameter": 1}
+    plan = arguments("plan", recipes, tmp_path, **long)[: -len(TINY)]
+    assert ladder.main(plan) == 1
+    table, said = capsys.readouterr().out.split("plan.json\n")
+    assert "neox-128x2" in table
+    needed = [line.split(":")[0] for line in said.splitlines()]
+    assert needed == [f"{name} at neox-64x2 needs 5,208 blocks, {recipes}/{name} has 284" for name in ("other", "python")]
+    with pytest.raises(ValueError, match="python at neox-64x2 needs 5,208 blocks"):
+        ladder.main(arguments("run", recipes, tmp_path, **long))
+    assert ladder.main([*plan, "--allow_epochs"]) == 0
 
 
 def test_recipes_of_other_block_lengths_or_names_are_refused(recipes, tmp_path):
