@@ -412,7 +412,7 @@ def with_steps(args: Args, pack: Pack, effective_batch: int) -> Args:
     if not pack.finished or args.mixin_percent == 1:
         what = "is not finished" if not pack.finished else "is not read with --mixin_percent 1"
         raise ValueError(f"{pack.folder} {what}, so that its passes cannot be counted: pass --total_steps")
-    blocks, drawn = math.floor(epochs * pack.num_blocks), Mixture(args.seed, args.mixin_percent).drawn
+    blocks, drawn = math.floor(round(epochs * pack.num_blocks, 6)), Mixture(args.seed, args.mixin_percent).drawn
     most = range(2 * math.ceil(blocks / effective_batch / (1 - args.mixin_percent)) + 2)
     steps = bisect.bisect_right(most, blocks, key=lambda steps: drawn(steps * effective_batch)[0]) - 1
     if steps < 1:

@@ -154,7 +154,7 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
     if args.token_budget is not None:
         limits.append(args.token_budget // tokens_per_step)
     elif args.epochs is not None or not limits:
-        limits.append(math.ceil((args.epochs or 1.0) * len(train) / effective))
+        limits.append(math.ceil(round((args.epochs or 1.0) * len(train) / effective, 6)))
     total_steps = min(limits)
     if total_steps < 1:
         raise ValueError(

@@ -15,6 +15,7 @@ from training import run as run_any
 from training import start as start_any
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+import lm.session
 import pptrain
 from lm.files import sha256
 from lm.heldout import encode_rows, encode_subset, teacher_forced
@@ -359,6 +360,14 @@ def test_every_step_trains_on_the_effective_batch_whatever_was_left_out(in_proce
     lengths = [length + 1 for batch in batches for length in batch["lengths"].tolist()]
     assert len(lengths) == 24 * 12
     assert max(lengths) <= 170
+
+
+def test_the_first_beta_mirrors_the_one_cycle_schedule(in_process, monkeypatch):
+    betas, step = [], lm.session.train_step
+    monkeypatch.setattr(lm.session, "train_step", lambda *rest: (betas.append(rest[-1]), step(*rest))[1])
+    in_process(schedule="one_cycle", cycle_momentum=True, max_steps=8, curr_threshold=1.0)
+    assert betas[0] == betas[-1] == pytest.approx(0.95)
+    assert min(betas) == pytest.approx(0.85, abs=0.01)
 
 
 def test_no_stage_is_passed_before_a_full_window_is_right_often_enough():

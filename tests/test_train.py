@@ -15,6 +15,7 @@ from damage import change_meta, flip, list_again
 from training import ROOT, TINY, events, flags, kill, outcome, output, run, start, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lm.session
 import train
 from lm.args import parse
 from lm.micro_batches import Loader
@@ -64,6 +65,14 @@ def test_every_step_is_logged_once_with_its_diagnostics(uninterrupted):
     assert log[-1]["loss"] < log[0]["loss"] - 1
     assert all(record["grad_norm_clipped"] <= min(1.0, record["grad_norm"]) for record in log)
     assert [record["step"] for record in records(uninterrupted, "eval")] == [8, 16, 24, 32, 40]
+
+
+def test_the_first_beta_mirrors_the_one_cycle_schedule(in_process, monkeypatch):
+    betas, step = [], lm.session.train_step
+    monkeypatch.setattr(lm.session, "train_step", lambda *rest: (betas.append(rest[-1]), step(*rest))[1])
+    assert in_process(schedule="one_cycle", cycle_momentum=True, token_budget=8 * 288) == 0
+    assert betas[0] == betas[-1] == pytest.approx(0.95)
+    assert min(betas) == pytest.approx(0.85, abs=0.01)
 
 
 def test_the_final_model_loads_with_transformers_and_predicts_as_logged(uninterrupted, papers_dir):
