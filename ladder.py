@@ -89,7 +89,7 @@ class Plan:
         Raises: FileNotFoundError or ValueError for what does not fit.
         """
         check(self.faults())
-        packs, sizes = find_recipes(self.recipes, self.only), [size for size in self.sizes.split(",") if size]
+        packs, sizes = find_recipes(self.recipes, self.only), list(dict.fromkeys(_named(self.sizes)))
         cells = make_plan(packs, sizes, self.seeds, self.ladder, self.tokens_per_parameter, self.tokens, self.batch)
         return cells, [] if self.allow_epochs else too_short(packs, cells)
 

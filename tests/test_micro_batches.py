@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm.micro_batches import Loader, rows_of_step
@@ -38,7 +38,8 @@ def test_the_processes_share_out_the_rows_of_a_step(step, micro_batch, grad_accu
     assert in_turn == list(range(step * effective, (step + 1) * effective))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=200)
+@example([(5, 1), (1, 1)], 0)  # a jump, then what would have come without it
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 2)), min_size=1, max_size=12), st.integers(0, 6))
 def test_whatever_step_is_asked_for_its_own_micro_batches_come(wanted, first):
     """Forwards, backwards and again, and of something else, without loader processes."""
@@ -65,6 +66,13 @@ def test_what_is_made_ahead_is_asked_for_in_order_and_once():
     loader = loader_of(0, 7, make=lambda rows: seen.append(rows) or rows)
     made = list(itertools.chain(*(loader.step(step) for step in range(7, 12))))
     assert seen == made == [rows for step in range(7, 12) for rows in rows_of_step(step, **SPLIT, accelerator=place())]
+
+
+def test_no_work_of_the_processes_is_thrown_away_while_steps_come_in_order():
+    number = itertools.count()
+    loader = loader_of(1, 7, 1, make=lambda rows, stage: (rows, stage, next(number)))
+    made = list(itertools.chain(*(loader.step(step, 1) for step in range(7, 12))))
+    assert [number for _, _, number in made] == list(range(10))
 
 
 def test_a_fault_of_the_maker_reaches_the_trainer():
