@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is alone with one of them in the end."""
-    longest = ["test_scripts.py", "test_slurm.py"]
+    longest = [f"test_{name}.py" for name in ("scripts", "slurm", "faults", "train", "pptrain", "pretrain", "ledger", "ladder")]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
