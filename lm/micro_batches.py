@@ -26,7 +26,7 @@ def rows_of_step(data_step: int, micro_batch: int, grad_accum: int, accelerator:
 class Loader:
     """The micro-batches of one step after another, made ahead by processes that are started once.
 
-    To be made before the process has threads of its own, which a fork copies in whatever state they are.
+    To be made before checkpoints are written in the background: a fork copies locks of other threads as it finds them.
 
     Args:
         make: (examples of a micro-batch, *what else it depends on) -> micro-batch.
