@@ -117,11 +117,17 @@ def run_and_exit(main: Callable[[T], int], args: T) -> NoReturn:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print("the disk is full: make room, then run the same command again; it goes on from the newest good checkpoint")
         code = 1
-    for loader in multiprocessing.active_children():
-        loader.kill()
+    kill_loaders()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def kill_loaders() -> None:
+    """End loader processes that are still there: they leave signals to the trainer, so Python would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that was killed
+    for loader in multiprocessing.active_children():
+        loader.kill()
 
 
 def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:

@@ -1,11 +1,14 @@
 import itertools
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from training import ROOT
 
 from lm.micro_batches import Loader, rows_of_step
 
@@ -81,3 +84,20 @@ def test_a_fault_of_the_maker_reaches_the_trainer():
 
     with pytest.raises(ValueError, match="no row 6"):
         loader_of(1, 1, make=faulty).step(1)
+
+
+def test_a_process_that_holds_a_loader_ends_when_its_loaders_are_killed():
+    script = """
+import time
+from test_micro_batches import loader_of
+from lm.run import kill_loaders
+loader = loader_of(2, 0)
+loader.step(0)
+kill_loaders()
+time.sleep(0.2)
+print("still well")
+"""
+    command, paths = [sys.executable, "-c", script], f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = os.environ | {"PYTHONPATH": paths}
+    ended = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "still well\n", "")
