@@ -35,11 +35,12 @@ from lm import draws
 from lm.args import below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.corpus import File, digest, find_files
+from lm.fsdp import expect_cpu_offload, shard
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
 from lm.loss import MEASURED, means, mixed_loss
-from lm.measure import mean_loss
+from lm.measure import DTYPES, mean_loss
 from lm.micro_batches import rows_of_step
 from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
 from lm.models import architecture, build_model, non_embedding_parameters, num_parameters
@@ -110,6 +111,12 @@ class Args(TrainerArgs):
     weight_decay: float = 0.1
     adam_beta2: float = 0.999
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    fsdp: Literal["full_shard"] | None = None
+    """full_shard: divide weights, gradients and moments among the processes (FSDP2); by default each has all of them."""
+    cpu_offload: bool = False
+    """With --fsdp: keep them in CPU memory, where the optimizer computes too."""
+    grad_checkpoint: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
 
     eval_every: int = 500
     """Optimizer steps between evaluations."""
@@ -137,6 +144,10 @@ class Args(TrainerArgs):
         found += not_positive(self, "epochs")
         if self.total_steps is not None and self.epochs is not None:
             found.append(f"--total_steps {self.total_steps} and --epochs {self.epochs:g}: pass one of them")
+        if self.cpu_offload and not self.fsdp:
+            found.append("--cpu_offload without --fsdp: pass --fsdp full_shard too")
+        if self.fsdp and self.precision == "fp16":
+            found.append("--fsdp with --precision fp16, whose loss scale is each process's own: pass bf16 or fp32")
         if not 0 <= (self.mixin_percent or 0) <= 1:
             found.append(f"--mixin_percent {self.mixin_percent}: a probability is needed, for two percent pass 0.02")
         elif self.mixin_percent and not self.data_dir:
@@ -179,7 +190,7 @@ class Progress(lm.session.Progress):
 FREE = {"output_dir", "scratch_dir", "c4_dir", "data_dir", "pptrain_checkpoint", "model", "seq_len", "resume_from", "force_cpu"}
 FREE |= {"deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints", "wandb_project"}
 FREE |= {"wandb_run_name", "allow_epochs", "verify_data", "max_wait_sec", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"dirty", "profile"}
+FREE |= {"dirty", "profile", "fsdp", "cpu_offload", "grad_checkpoint"}
 FREE |= {"eval_every", "log_every", "ledger", "epochs", "sample_every", "sample_prompt", "sample_tokens", "test_documents"}
 
 
@@ -281,13 +292,15 @@ def look(args: Args, plan: Plan, session: Session) -> None:
     evaluating = step % args.eval_every == 0 or step == args.total_steps
     if evaluating:
         evaluate(args, plan, session)
-    every = args.sample_every
-    if (evaluating if every is None else every and (step % every == 0 or step == args.total_steps)) and session.run.log.main:
+    every, main = args.sample_every, session.run.log.main
+    writing = evaluating if every is None else every and (step % every == 0 or step == args.total_steps)
+    if writing and (main or args.fsdp):  # of a divided model each process computes its part, and all write the same
         with part("evaluate"):
             seed = draws.torch_seed(args.seed, step, 0)
             num_tokens = min(args.sample_tokens, plan.mixed.pack.seq_len - len(plan.prompt))
             text = write(session.bare, plan.mixed.tokenizer, plan.prompt, num_tokens, seed, args.precision)
-        session.run.log.sample(step, prompt=args.sample_prompt, text=text)
+        if main:
+            session.run.log.sample(step, prompt=args.sample_prompt, text=text)
 
 
 @part("evaluate")
@@ -440,6 +453,8 @@ def prepare(args: Args) -> Prepared:
     """Open the data and build or load the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     check(args.faults())
     args = with_defaults(args)
+    if args.cpu_offload:
+        expect_cpu_offload()
     accelerator = start_accelerator(args.precision, args.force_cpu)
     pack, tokenizer = read_pack(args, accelerator)
     splits = open_splits(args.data_dir) if args.data_dir else None
@@ -449,6 +464,10 @@ def prepare(args: Args) -> Prepared:
     args = with_steps(args, pack, batch[1])
     model = make_model(args, beginning, tokenizer, pack.seq_len)
     plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
+    if args.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.fsdp:
+        shard(model, accelerator, DTYPES[args.precision], args.cpu_offload)
     return Prepared(args, accelerator, splits, beginning, tokenizer, plan, model)
 
 
@@ -522,10 +541,11 @@ def main(args: Args) -> int:
             if session.finish(tokenizer, about(session.progress)) or without:
                 results = about(session.progress) | measure_results(args, plan, session)
         run.close()
-    if results and accelerator.is_main_process:  # the others need not wait, which NCCL allows for ten minutes
+    if results and (accelerator.is_main_process or args.fsdp):  # the others need not wait, which NCCL allows for ten minutes
         if args.test_documents:
             results["test"] = test_loss(args, plan, model)
-        write_results(run, results, begun)
+        if accelerator.is_main_process:
+            write_results(run, results, begun)
     return code
 
 

@@ -39,6 +39,8 @@ class Checkpoints:
     save finds another one still being written. It is page-locked if the model is on a GPU.
     """
 
+    on_every_process = False  # the main one alone saves
+
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self._writer = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -58,10 +60,9 @@ class Checkpoints:
 
         def publish(copies: dict[str, torch.Tensor]) -> None:
             path = self.folder / f"step_{step:08d}"
-            if path.exists() and damage(path):
-                set_aside(path, "damaged")  # for whoever wants to know what happened; a good one is replaced in one piece
-            _write_folder(path, lambda folder: write(folder, copies))
-            self._prune()
+            self.set_aside_if_damaged(path)
+            write_folder(path, lambda folder: write(folder, copies))
+            self.prune()
 
         self._copy_and(publish, weights | moments)
 
@@ -74,7 +75,7 @@ class Checkpoints:
                 tokenizer.save_pretrained(folder)
                 write_json(folder / "about.json", about)
 
-            _write_folder(path, write)
+            write_folder(path, write)
 
         self._copy_and(publish, model.state_dict())
 
@@ -150,7 +151,12 @@ class Checkpoints:
             if not (path := old.with_name(old.name[1:-4])).exists():
                 old.rename(path)
 
-    def _prune(self) -> None:
+    def set_aside_if_damaged(self, path: Path) -> None:
+        """Keep a damaged checkpoint for whoever wants to know what happened; a good one is replaced in one piece."""
+        if path.exists() and damage(path):
+            set_aside(path, "damaged")
+
+    def prune(self) -> None:
         """Remove all but the newest `keep`; the newest was read back whole a moment ago, so a good one always stays."""
         for left in self.folder.glob(".step_*"):  # by a kill
             shutil.rmtree(left)
@@ -179,7 +185,7 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Write a folder and read it back before it gets its name. Raises: OSError if it is not what was written."""
     with whole_folder(path) as folder:
         write(folder)

@@ -69,7 +69,10 @@ def teacher_forced(
     most_tokens = min(TOKENS_IN_A_PASS, MAX_LOGITS // model.config.vocab_size)
     lengths = [len(ids) for ids in held_out.examples]
     all_passes = passes(lengths, 0, len(lengths), most_tokens)
-    for numbers in map(sorted, all_passes[accelerator.process_index :: accelerator.num_processes]):
+    processes = accelerator.num_processes
+    for first_pass in range(0, len(all_passes), processes):  # as many on each: a divided model needs all of them in a pass
+        mine = first_pass + accelerator.process_index
+        numbers = sorted(all_passes[min(mine, len(all_passes) - 1)])
         answer_tokens = [held_out.answer_tokens[number] for number in numbers]
         batch = pack([held_out.examples[number] for number in numbers], answer_tokens, "answer_only", reach)
         rows = [held_out.row[number] for number in numbers]
@@ -78,6 +81,8 @@ def teacher_forced(
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with torch.autocast(accelerator.device.type, DTYPES[precision], enabled=precision != "fp32"):
             loss, _, right = packed_loss(model, batch)
+        if mine >= len(all_passes):
+            continue  # another process has counted it
         losses += [loss.item(), float(batch["weights"].sum())]
         np.logical_or.at(correct, rows, right.cpu().numpy())
     model.train(was_training)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from lm.fsdp import device_of
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
 MAX_NORMALISED = 2**24  # at a time, since the softmax makes float32 copies
@@ -27,7 +29,7 @@ def window_losses(model: torch.nn.Module, windows: np.ndarray, micro_batch: int,
         micro_batch: windows in one forward pass at most; fewer where their logits would pass 1 GiB.
         precision: "fp32", or "bf16" or "fp16" for autocast. The logarithm is always taken in float32.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     T, V = windows.shape[1] - 1, model.config.vocab_size
     batch = max(1, min(micro_batch, MAX_LOGITS // (T * V)))
     losses = torch.empty(len(windows), T, device=device)
@@ -50,7 +52,9 @@ def mean_loss(model: torch.nn.Module, windows: np.ndarray, micro_batch: int, acc
 
     Raises: RuntimeError, on every process, if it is not finite.
     """
-    losses = window_losses(model, windows[accelerator.process_index :: accelerator.num_processes], micro_batch, precision)
+    own = windows[accelerator.process_index :: accelerator.num_processes]
+    as_many = -(-len(windows) // accelerator.num_processes)  # for every process: a divided model needs all of them in a pass
+    losses = window_losses(model, np.concatenate([own, windows[: as_many - len(own)]]), micro_batch, precision)[: len(own)]
     sums = torch.tensor([losses.sum(), losses.size], dtype=torch.float64, device=accelerator.device)
     total, count = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(total):

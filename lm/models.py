@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from lm.parts import in_parts, read_parts, weights_of
 from lm.presets import PRESETS
 
 OWN_CODE = "pass another; a model's own code (auto_map) is never run"
@@ -151,7 +152,16 @@ def load_model(name: str | Path, dropout: float | None = None) -> PreTrainedMode
     if dropout is not None:
         options["config"] = _config(str(name))
         _set_dropout(options["config"], dropout, str(name))
+    if in_parts(Path(name)):
+        return _train_all_rows(_from_parts(Path(name), options.get("config") or _config(str(name))))
     return _train_all_rows(_load(name, **options)[0])
+
+
+def _from_parts(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a checkpoint that several processes wrote their parts of (lm/parts.py), whole."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    read_parts(folder, weights_of(model))
+    return model.eval()  # as transformers loads one
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:

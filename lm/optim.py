@@ -1,14 +1,17 @@
 """Optimizers by name, their parameter groups, and what they remember of each parameter, in one place."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from lm.fsdp import is_sharded, local
+from lm.sharded_optim import BLOCK, MIN_8BIT, AdafactorOfRows, AdamW8bitOfRows, fits_8bit
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "muon", "sgd"]
 Decay = Literal["matrices", "all"]
 Moments = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
-MIN_8BIT = 4096  # elements: the moments of smaller parameters stay in float32 (Dettmers et al., arXiv 2110.02861)
-BLOCK = 256  # 8-bit elements that share a scale: bitsandbytes' block for optimizers
 
 
 def make_optimizer(
@@ -37,12 +40,15 @@ def make_optimizer(
     Raises: RuntimeError if there is no bitsandbytes for adamw8bit.
     """
     groups = parameter_groups(name, model, weight_decay, decay)
-    if name == "adamw8bit":
+    if name == "adamw8bit" and not is_sharded(model):
         return _bitsandbytes().AdamW8bit(groups, lr=lr, betas=betas, eps=eps, min_8bit_size=MIN_8BIT)
+    if name == "adamw8bit":
+        _bitsandbytes()
+        return WithAdamW(groups, lambda own: AdamW8bitOfRows(own, lr, betas, eps), lr, betas, eps)
     if name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr)
+        return (AdafactorOfRows if is_sharded(model) else torch.optim.Adafactor)(groups, lr=lr)
     if name == "muon":
-        return MuonWithAdamW(groups, lr, betas, eps)
+        return WithAdamW(groups, lambda own: torch.optim.Muon(own, lr=lr, adjust_lr_fn="match_rms_adamw"), lr, betas, eps)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=betas[0])
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -66,6 +72,8 @@ def parameter_groups(name: OptimizerName, model: torch.nn.Module, weight_decay: 
     if name == "muon":
         outside = _embeddings(model)
         rules = {p: "muon" if p.ndim == 2 and p not in outside else "adamw" for p in parameters}
+    if name == "adamw8bit" and is_sharded(model):
+        rules = {p: "adamw8bit_rows" if fits_8bit(p) else "adamw" for p in parameters}
     groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
     for p in parameters:
         key = rules[p], weight_decay if p.ndim >= 2 or decay == "all" else 0.0
@@ -80,20 +88,28 @@ def _embeddings(model: torch.nn.Module) -> set[torch.nn.Parameter]:
     return {parameter for module in tables + ends if module is not None for parameter in module.parameters()}
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon for the groups of rule "muon" and its AdamW for the others: one list of groups, one state."""
+class WithAdamW(torch.optim.Optimizer):
+    """An optimizer for the parameters of its rule, torch's AdamW for the others: one list of groups, one state."""
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
-        muon, adamw = ([g for g in groups if (g["rule"] == "muon") == is_muon] for is_muon in (True, False))
-        self._muon = torch.optim.Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps, fused=True)
-        super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ):
+        adamw, others = ([g for g in groups if (g["rule"] == "adamw") == is_adamw] for is_adamw in (True, False))
+        self._parts = [make(others)] if others else []
+        self._parts += [torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps, fused=True)] if adamw else []
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update each parameter once by its rule."""
-        for part in (self._muon, self._adamw):  # pointed to at each step, as loading a state replaces groups and state
-            part.param_groups = [g for g in self.param_groups if (g["rule"] == "muon") == (part is self._muon)]
+        for part in self._parts:  # pointed to at each step, as loading a state replaces groups and state
+            is_adamw = isinstance(part, torch.optim.AdamW)
+            part.param_groups = [g for g in self.param_groups if (g["rule"] == "adamw") == is_adamw]
             part.state = self.state
             part.step()
 
@@ -128,6 +144,10 @@ def needed_moments(group: dict[str, Any], parameter: torch.nn.Parameter) -> Mome
     if rule == "adafactor":
         row, column = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
         return {"step": count, "row_var": (row, torch.float32), "col_var": (column, torch.float32)}
+    if rule == "adamw8bit_rows":
+        scales = ((shape[0], shape[1] // BLOCK), torch.float32)
+        codes = (shape, torch.uint8)
+        return {"step": count, "state1": codes, "state2": codes, "absmax1": scales, "absmax2": scales}
     if rule == "adamw8bit" and parameter.numel() < MIN_8BIT:
         return {"step": ((), torch.int64), "state1": like, "state2": like}
     if rule == "adamw8bit":
@@ -142,11 +162,12 @@ def put_moments(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.nn.Parameter, moments: dict[str, torch.Tensor]
 ) -> None:
     """Give the optimizer back what `moments_of` said of a parameter, each on the device where it is needed."""
-    state = {moment: value.to(parameter.device) for moment, value in moments.items() if moment != "step"}
+    device, kept = local(parameter).device, (name for name in moments if name != "step")
+    state = {name: moments[name] if isinstance(moments[name], DTensor) else moments[name].to(device) for name in kept}
     if "step" in moments:
         step = moments["step"]
         if group["rule"] == "adamw8bit":
             state["step"] = int(step)
         else:  # counted on the device by fused and capturable ones
-            state["step"] = step.to(parameter.device) if group.get("fused") or group.get("capturable") else step
+            state["step"] = step.to(device) if group.get("fused") or group.get("capturable") else step
     optimizer.state[parameter] = state

@@ -18,7 +18,7 @@ MADE_BY = "pretrain.py"
 FREE = {"resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints"}
 FREE |= {"wandb_project", "wandb_run_name", "log_every", "eval_every", "verify_data", "max_wait_sec", "micro_batch"}
 FREE |= {"grad_accum", "model", "pptrain_checkpoint", "seed", "ledger", "dirty", "profile", "epochs", "sample_every"}
-FREE |= {"sample_prompt", "sample_tokens", "test_documents"}
+FREE |= {"sample_prompt", "sample_tokens", "test_documents", "fsdp", "cpu_offload", "grad_checkpoint"}
 FOLLOWS = ("initial_weights", "pack", "seq_len", "effective_batch", "total_steps", "num_parameters", "vocab_size")
 COMPARED = ("initial_weights", "mixin_percent", "mixin_loss")  # what runs are made to differ in
 

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from lm import draws
 from lm.args import RunArgs
-from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields, set_aside
+from lm.checkpoint import Checkpoints, damage, read_fields, set_aside
 from lm.files import read_json
+from lm.fsdp import is_sharded
 from lm.profiling import Profile, part
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
 from lm.run import Run, main_decides
+from lm.sharded_checkpoint import ShardedCheckpoints, load_any
 from lm.step import LossSum, StepResult, settle, train_step
 
 
@@ -57,9 +59,15 @@ class Session:
         identity: dict[str, Any],
     ):
         self.args, self.run, self.accelerator, self.bare, self.loss_sum = args, run, run.accelerator, bare, loss_sum
-        self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
+        folder, keep = run.folder / "checkpoints", args.max_step_checkpoints
+        if is_sharded(bare):  # for its autocast alone: nothing is to be wrapped or moved
+            self.model = self.accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
+            self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+            self.checkpoints = ShardedCheckpoints(folder, keep, self.accelerator.is_main_process)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
+            self.checkpoints = Checkpoints(folder, keep)
         settle(self.accelerator, self.model, send_to_device(sample, self.accelerator.device), loss_sum)
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
         run.at_end.callback(self.checkpoints.close)
         self.progress, self.identity = progress, identity
         self.rollbacks: Counter[int] = Counter()
@@ -156,11 +164,15 @@ class Session:
         if main_decides(self.accelerator, is_written):
             self.run.log.say(f"{self.run.folder} was finished before")
             return False
-        if self.accelerator.is_main_process:
+        if self._saves:
             self.checkpoints.save_model(final, self.bare, tokenizer, about)
         self._finish_writing()
         self.run.log.event("finished", **about)
         return True
+
+    @property
+    def _saves(self) -> bool:
+        return self.accelerator.is_main_process or self.checkpoints.on_every_process
 
     def _agree_to_stop(self) -> int:
         """The signal that came to any process, or 0. Raises: RuntimeError if a checkpoint could not be written."""
@@ -193,7 +205,7 @@ class Session:
             raise ValueError(
                 f"{path}/state.json has loss_scale {state['loss_scale']!r:.80}, of another --precision: pass another"
             )
-        load_checkpoint(path, self.bare, self.optimizer)
+        load_any(path, self.bare, self.optimizer)
         self.progress = type(self.progress)(**{name: state[name] for name in kinds})
         if self.accelerator.is_main_process:
             self.checkpoints.leave_after(self.progress.step)
@@ -204,7 +216,7 @@ class Session:
     def _save(self) -> None:
         """Checkpoint everything; the log up to here is made durable first."""
         self.run.log.sync()
-        if self.accelerator.is_main_process:
+        if self._saves:
             scaler = self.accelerator.scaler
             state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}
             self.checkpoints.save(self.progress.step, self.bare, self.optimizer, state)

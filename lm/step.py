@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from lm.fsdp import local, whole
 from lm.optim import set_beta1
 from lm.profiling import part
 
@@ -123,8 +124,9 @@ def _attempt(accelerator, model, optimizer, micro_batches, loss_sum, weight, max
 
     with part("clip"):
         accelerator.unscale_gradients()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        param_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_norm = whole(torch.nn.utils.get_total_norm(gradients)).to(device)
+        param_norm = whole(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])).to(device)
     bad = (~(losses.isfinite() & finite_logits)).sum() + ~grad_norm.isfinite()  # reduced: all processes decide together
     with part("wait"):
         sums = accelerator.reduce(torch.stack([losses.sum(), bad.double()]), "sum")
@@ -151,6 +153,6 @@ def _faults(model, losses, finite_logits) -> tuple[str, ...]:
     names += [
         f"gradient of {name}"
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
+        if parameter.grad is not None and not local(parameter.grad).isfinite().all()
     ]
     return tuple(names)

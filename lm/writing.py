@@ -4,6 +4,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.characters import prepare_text
+from lm.fsdp import device_of
 from lm.measure import DTYPES
 
 
@@ -33,12 +34,13 @@ def write(
         remove_invalid_values=True,  # a model that has diverged writes something, and its run goes on
     )
     was_training, own = model.training, model.generation_config
-    ids = torch.tensor([prompt], device=model.device)
+    device = device_of(model)
+    ids = torch.tensor([prompt], device=device)
     torch.manual_seed(seed)
     model.eval()
     model.generation_config = config
     try:
-        with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             found = model.generate(ids, attention_mask=torch.ones_like(ids))
     finally:
         model.train(was_training)

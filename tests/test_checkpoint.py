@@ -105,9 +105,9 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_under_its_name(tmp_pa
         patch.setattr(shutil, "rmtree", killed)
         checkpoints.keep = 1
         with pytest.raises(KeyboardInterrupt):
-            checkpoints._prune()
+            checkpoints.prune()
     assert [(path.name, damage(path)) for path in checkpoints.paths()] == [("step_00000002", None)]
-    checkpoints._prune()
+    checkpoints.prune()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"], "and the next one clears away"
 
 

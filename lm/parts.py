@@ -1,0 +1,71 @@
+"""Tensors that several processes write into one folder, each its rows: safetensors, in torch's distributed checkpoint layout.
+
+Read back into tensors that are divided among any number of processes, or not at all; nothing is pickled.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def in_parts(folder: Path) -> bool:
+    """Whether the tensors in this folder were written by `write_parts`."""
+    return any(folder.glob("shard-*.safetensors"))
+
+
+def write_parts(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Write what this process has of the tensors; all processes of `group` call this, and return when all is written.
+
+    Raises: OSError on every process if one of them could not write.
+    """
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        raise OSError(f"{folder}: {_why(error)}") from None
+
+
+def shapes_in(folder: Path) -> Shapes:
+    """Shape and dtype of each tensor in the folder. Raises: ValueError if it cannot be read, or has gaps."""
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read ({error!s:.200}): pass another checkpoint") from None
+    for name, about in found.items():
+        if sum(chunk.sizes.numel() for chunk in about.chunks) != about.size.numel():
+            raise ValueError(f"{folder} has not all parts of {name}: pass another checkpoint")
+    return {name: (tuple(about.size), about.properties.dtype) for name, about in found.items()}
+
+
+def read_parts(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors with what the folder has under their names; if they are divided, all processes call this.
+
+    Raises: ValueError if something is missing or of another shape.
+    """
+    divided = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not divided)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} cannot be read ({_why(error)}): pass another checkpoint") from None
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, a tied one once."""
+    names = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(names.values())
+
+
+def _why(error: CheckpointException) -> str:
+    failures = [str(failure) for failure, _ in error.failures.values()]
+    return re.sub(r"\s+", " ", failures[0] if failures else str(error))[:300]
