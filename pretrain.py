@@ -19,6 +19,7 @@ Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a ch
 import bisect
 import functools
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from lm import draws
 from lm.args import below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.corpus import File, digest, find_files
+from lm.estimate import Setup, estimate, operations
 from lm.fsdp import expect_cpu_offload, shard
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
@@ -43,7 +45,7 @@ from lm.loss import MEASURED, means, mixed_loss
 from lm.measure import DTYPES, mean_loss
 from lm.micro_batches import rows_of_step
 from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
-from lm.models import architecture, build_model, non_embedding_parameters, num_parameters
+from lm.models import architecture, build_model, non_embedding_parameters, num_parameters, on_paper
 from lm.packing import Batch, Loss, attention_reach, sees_only_itself
 from lm.presets import GPT, PRESETS
 from lm.profiling import part
@@ -59,6 +61,8 @@ from lm.text_evaluation import text_loss
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
 from lm.trainer_args import TrainerArgs, optimizer_of
 from lm.writing import prompt_ids, write
+
+WORTH_AN_ESTIMATE = 1e12  # operations: half a minute of one CPU core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,8 @@ class Args(TrainerArgs):
     """With --fsdp: keep them in CPU memory, where the optimizer computes too."""
     grad_checkpoint: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
+    ignore_estimate: bool = False
+    """Begin also where the estimate of the memory says that it will not do."""
 
     eval_every: int = 500
     """Optimizer steps between evaluations."""
@@ -190,7 +196,7 @@ class Progress(lm.session.Progress):
 FREE = {"output_dir", "scratch_dir", "c4_dir", "data_dir", "pptrain_checkpoint", "model", "seq_len", "resume_from", "force_cpu"}
 FREE |= {"deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints", "wandb_project"}
 FREE |= {"wandb_run_name", "allow_epochs", "verify_data", "max_wait_sec", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"dirty", "profile", "fsdp", "cpu_offload", "grad_checkpoint"}
+FREE |= {"dirty", "profile", "fsdp", "cpu_offload", "grad_checkpoint", "ignore_estimate"}
 FREE |= {"eval_every", "log_every", "ledger", "epochs", "sample_every", "sample_prompt", "sample_tokens", "test_documents"}
 
 
@@ -204,8 +210,12 @@ def identity(args: Args, plan: Plan, splits: Splits | None, model: PreTrainedMod
     return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
-def train(args: Args, plan: Plan, session: Session) -> int:
-    """Train until the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED)."""
+def train(args: Args, plan: Plan, session: Session, begun: float) -> int:
+    """Train until the steps are made (returns 0) or a signal asks to stop (EXIT_STOPPED).
+
+    Args: begun: when the process began, on the clock of `time.monotonic`, to say how long the first step took.
+    """
+    first: float | None = begun
     run, accelerator = session.run, session.accelerator
     weight, waited = plan.effective_batch * plan.mixed.pack.seq_len / accelerator.num_processes, 0.0
     ledger = Ledger(run, args.ledger, row_ids)
@@ -229,6 +239,9 @@ def train(args: Args, plan: Plan, session: Session) -> int:
             session.end_rollback()
             continue
         step += 1
+        if first is not None:
+            run.log.say(f"the first step was made {time.monotonic() - first:.1f} s after the start")
+            first = None
         ledger.write(step, data_step)
         account(progress, result.outcomes, accelerator)
         if step % args.log_every == 0 or step == args.total_steps:
@@ -342,6 +355,35 @@ def make_model(args: Args, beginning: Beginning, tokenizer: PreTrainedTokenizerF
     if beginning.load_from is not None:
         return load_beginning(beginning.load_from, len(tokenizer), seq_len, args.dropout)
     return build_model(args.model, len(tokenizer), seq_len, special_ids(tokenizer), args.dropout)
+
+
+def reckon(
+    args: Args, beginning: Beginning, vocab_size: int, seq_len: int, effective_batch: int, accelerator: Accelerator
+) -> None:
+    """Say what memory and time the run will take, unless that is hardly any. Raises: ValueError if it cannot fit."""
+    model = on_paper(args.model if beginning.load_from is None else str(beginning.load_from), vocab_size, seq_len)
+    setup = Setup(
+        optimizer=args.optimizer,
+        precision=args.precision,
+        fsdp=bool(args.fsdp),
+        cpu_offload=args.cpu_offload,
+        grad_checkpoint=args.grad_checkpoint,
+        micro_batch=args.micro_batch,
+        seq_len=seq_len,
+        tokens=args.total_steps * effective_batch * seq_len,
+        num_processes=accelerator.num_processes,
+        local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=accelerator.device,
+    )
+
+    def say() -> None:
+        found = estimate(model.config, setup)
+        print("\n".join(found.lines()), flush=True)
+        if (faults := found.faults()) and not args.ignore_estimate:
+            raise ValueError("; ".join(faults))
+
+    if operations(model, seq_len) * setup.tokens > WORTH_AN_ESTIMATE:
+        main_decides(accelerator, say)
 
 
 def make_plan(
@@ -462,6 +504,7 @@ def prepare(args: Args) -> Prepared:
     beginning = choose_beginning(args, tokenizer, pack.folder, accelerator)
     batch = lay_out(args, accelerator.num_processes)
     args = with_steps(args, pack, batch[1])
+    reckon(args, beginning, len(tokenizer), pack.seq_len, batch[1], accelerator)
     model = make_model(args, beginning, tokenizer, pack.seq_len)
     plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
     if args.grad_checkpoint:
@@ -534,7 +577,7 @@ def main(args: Args) -> int:
         session = Session(args, run, model, optimizer_of(args, model), mixed_loss, sample, start, same_run)
         session.resume()
         check_counts(plan, session.progress)
-        code = train(args, plan, session)
+        code = train(args, plan, session, begun)
         if code == 0:
             documents = digest(test_files(args)) if args.test_documents else None
             without = main_decides(accelerator, lambda: not has_results(run.folder, documents))

@@ -1,0 +1,225 @@
+"""What a training run will need, before it begins: memory of each process by part, and time.
+
+Parameters, gradients and moments are counted exactly. Activations are those that autograd keeps in one forward pass, counted by
+running the pass without computing it (torch's fake tensors have shapes and devices, and no numbers). The time is that of the
+operations the model needs, at a share of the speed at which this machine multiplies matrices as large as the model's.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lm.fsdp import blocks
+from lm.measure import DTYPES
+from lm.optim import OptimizerName, needed_moments, parameter_groups
+
+SHARE_OF_SPEED = {"cuda": 0.4, "cpu": 0.5}  # of that of a large matrix product: what well fed training reaches, about
+LIBRARIES = {"cuda": 1.0 * 2**30, "cpu": 0.5 * 2**30}  # what a process has before there is any model
+SPARE = 0.95  # of the memory: the rest is lost between allocations
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory and time depend on beside the model."""
+
+    optimizer: OptimizerName
+    precision: str
+    fsdp: bool
+    cpu_offload: bool
+    grad_checkpoint: bool
+    micro_batch: int
+    seq_len: int
+    tokens: int  # of the whole run
+    num_processes: int
+    local_processes: int  # that share this machine's CPU memory
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part for one process, on its device and in the machine's memory, what there is of both, and seconds."""
+
+    device: dict[str, float]
+    host: dict[str, float]
+    device_bytes: float
+    host_bytes: float
+    seconds: float
+
+    def faults(self) -> list[str]:
+        """What does not fit, with what would help."""
+        found = []
+        places = (
+            ("this device", self.device, self.device_bytes),
+            ("a process's part of the memory", self.host, self.host_bytes),
+        )
+        for what, parts, there in places:
+            if (needed := sum(parts.values())) > SPARE * there:
+                largest = max(parts, key=parts.__getitem__)
+                found.append(
+                    f"a process needs about {_gib(needed)} of {what} ({_listed(parts)}), {_gib(there)} are there for it: try"
+                    f" {REMEDIES[largest]}; --ignore_estimate begins anyway"
+                )
+        return found
+
+    def lines(self) -> list[str]:
+        """For people, before the run."""
+        said = [
+            f"estimate: {_gib(sum(self.device.values()))} of {_gib(self.device_bytes)} on each device ({_listed(self.device)})"
+        ]
+        if self.host:
+            said.append(f"  and {_gib(sum(self.host.values()))} of {_gib(self.host_bytes)} in memory ({_listed(self.host)})")
+        return [*said, f"  and about {_duration(self.seconds)}, without evaluations and checkpoints"]
+
+
+_STATE = "more processes with --fsdp full_shard, --optimizer adamw8bit or adafactor, or a smaller model"
+REMEDIES = {
+    "weights": _STATE,
+    "gradients": _STATE,
+    "moments": _STATE,
+    "gathered": "a model with narrower blocks",
+    "activations": "--grad_checkpoint, a lower --micro_batch, or a shorter --seq_len",
+    "libraries": "fewer processes",
+    "building": "fewer processes on this machine",
+    "checkpoints": "more processes with --fsdp full_shard",
+}
+
+
+def estimate(config: PreTrainedConfig, setup: Setup) -> Estimate:
+    """What training a model of this configuration needs."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    moments = sum(
+        math.prod(shape) * dtype.itemsize
+        for group in parameter_groups(setup.optimizer, model, 0.0, "all")
+        for parameter in group["params"]
+        for shape, dtype in needed_moments(group, parameter).values()
+    )
+    shards = setup.num_processes if setup.fsdp else 1
+    state = {"weights": 4 * number / shards, "gradients": 4 * number / shards, "moments": moments / shards}
+    if setup.num_processes > 1 and not setup.fsdp:
+        state["gradients"] *= 2  # buckets of DistributedDataParallel
+    computing = {"activations": activations(config, setup)}
+    if setup.fsdp:
+        computing["gathered"] = _gathered(model, setup)
+    elif setup.precision != "fp32":
+        computing["gathered"] = number * DTYPES[setup.precision].itemsize  # autocast keeps the copies of a pass
+    copies = {"checkpoints": (4 * number + moments) / shards}
+    if setup.device.type == "cpu":
+        parts, there = state | computing | copies | {"libraries": LIBRARIES["cpu"]}, _free_memory() / setup.local_processes
+        return Estimate(parts, {}, there, there, _seconds(model, setup))
+    on_device, in_memory = (computing, state) if setup.cpu_offload else (state | computing, {})
+    host = {"building": 4.0 * number, "libraries": LIBRARIES["cpu"]} | copies | in_memory
+    there = torch.cuda.get_device_properties(setup.device).total_memory
+    on_device |= {"libraries": LIBRARIES["cuda"]}
+    return Estimate(on_device, host, there, _free_memory() / setup.local_processes, _seconds(model, setup))
+
+
+def _gathered(model: PreTrainedModel, setup: Setup) -> float:
+    """What is whole at a time: what is outside of blocks, and two blocks, of which one is computing and one arriving."""
+    in_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)]
+    outside = sum(parameter.numel() for parameter in model.parameters()) - sum(in_blocks)
+    largest = max(in_blocks, default=0)
+    return DTYPES[setup.precision].itemsize * (outside + 2 * largest) + 4 * max(outside, largest)  # and one's gradient
+
+
+def activations(config: PreTrainedConfig, setup: Setup) -> float:
+    """Bytes that autograd keeps from the forward to the backward pass of one micro-batch, the loss's gradient included."""
+    depth = config.num_hidden_layers
+    one, two = (_kept(config, setup, layers) for layers in (1, 2))
+    block, rest = two - one, 2 * one - two
+    half = DTYPES[setup.precision].itemsize
+    logits = setup.micro_batch * setup.seq_len * config.vocab_size * 4
+    inputs = setup.micro_batch * setup.seq_len * config.hidden_size * half
+    return rest + logits + (depth * inputs + block if setup.grad_checkpoint else depth * block)
+
+
+def _kept(config: PreTrainedConfig, setup: Setup, layers: int) -> float:
+    """The same of a model of this many layers, without computing anything."""
+    config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # a view of what is kept already costs nothing
+        return tensor
+
+    with FakeTensorMode(), torch.device(setup.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        ids = torch.zeros(setup.micro_batch, setup.seq_len, dtype=torch.int64)
+        dtype = DTYPES[setup.precision]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.autocast(setup.device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(input_ids=ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
+        del loss
+        return float(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
+
+
+def operations(model: PreTrainedModel, seq_len: int) -> float:
+    """Operations for one token, forward and backward: 6 for each weight that multiplies, 12 x layers x width x context / 2 for
+    causal attention (Kaplan et al., arXiv 2001.08361; Chowdhery et al., arXiv 2204.02311, appendix B).
+    """
+    config, table = model.config, model.get_input_embeddings().weight
+    multiplied = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    if model.get_output_embeddings().weight is not table:
+        multiplied -= table.numel()
+    return 6 * multiplied + 6 * config.num_hidden_layers * config.hidden_size * seq_len
+
+
+def _seconds(model: PreTrainedModel, setup: Setup) -> float:
+    speed = SHARE_OF_SPEED[setup.device.type] * _matrix_speed(model.config.hidden_size, setup) * setup.num_processes
+    again = 4 / 3 if setup.grad_checkpoint else 1
+    return again * operations(model, setup.seq_len) * setup.tokens / speed
+
+
+def _matrix_speed(width: int, setup: Setup) -> float:
+    """Operations a second of this process in a product of (tokens, width) and (width, 4 width)."""
+    rows = 4096 if setup.device.type == "cuda" else 256
+    dtype = DTYPES[setup.precision]
+    a = torch.ones(rows, width, dtype=dtype, device=setup.device)
+    b = torch.ones(width, 4 * width, dtype=dtype, device=setup.device)
+    times = [_timed(lambda: a @ b, setup.device) for _ in range(4)]
+    return 2 * rows * width * 4 * width / min(times)
+
+
+def _timed(compute: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
+
+
+def _free_memory() -> float:
+    """Bytes of memory that this machine could still give out."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):  # not Linux: what there is at all
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _listed(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.0f} seconds"
