@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 
@@ -69,6 +69,14 @@ def like(part: torch.Tensor, tensor: torch.Tensor, shape: torch.Size | None = No
     stride = torch.empty(shape, device="meta").stride()
     mesh = tensor.device_mesh if mesh is None else mesh
     return DTensor.from_local(part, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
+def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrite a tensor, divided or not, with a value that is whole on every process."""
+    if isinstance(tensor, DTensor):
+        of_all = DTensor.from_local(value, tensor.device_mesh, [Replicate()], run_check=False)
+        value = of_all.redistribute(placements=tensor.placements).to_local()
+    local(tensor).copy_(value)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

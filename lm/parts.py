@@ -4,6 +4,7 @@ Read back into tensors that are divided among any number of processes, or not at
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def read_parts(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """
     divided = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not divided)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be for tensors that are whole
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not divided)
     except CheckpointException as error:
         raise ValueError(f"{folder} cannot be read ({_why(error)}): pass another checkpoint") from None
 

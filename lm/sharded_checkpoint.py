@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lm.checkpoint import Checkpoints, load_checkpoint, write_folder
 from lm.files import write_json
-from lm.fsdp import is_sharded, like, local, reshard
+from lm.fsdp import assign, is_sharded, like, local, reshard
+from lm.models import load_weights
 from lm.optim import group_of, moments_of, needed_moments, put_moments
 from lm.parts import Shapes, in_parts, read_parts, shapes_in, weights_of, write_parts
 
@@ -50,7 +51,7 @@ class ShardedCheckpoints(Checkpoints):
         }
 
         def publish(copies: dict[str, torch.Tensor]) -> None:
-            parts = {name: self._divided(copies[name], tensor) for name, tensor in tensors.items()}
+            parts = {name: self._divided(copies[name], tensors[name]) for name in sorted(tensors)}  # in which they are written
             path, begun = self.folder / f"step_{step:08d}", False
 
             def write(folder: Path) -> None:
@@ -110,20 +111,33 @@ def load_any(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimize
     reshard(model)
     there, weights = shapes_in(path), weights_of(model)
     parameters, groups = dict(model.named_parameters()), group_of(optimizer)
-    needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     moments: dict[str, dict[str, torch.Tensor]] = {}
-    for name in {name.rpartition("/")[0] for name in there if "/" in name} & parameters.keys():
+    for name in sorted({name.rpartition("/")[0] for name in there if "/" in name} & parameters.keys()):
         parameter = parameters[name]
         for moment, (shape, dtype) in needed_moments(groups[parameter], parameter).items():
-            needed[f"{name}/{moment}"] = shape, dtype
             moments.setdefault(name, {})[moment] = _empty(parameter, groups[parameter]["rule"], shape, dtype)
+    wanted = {f"{name}/{moment}": value for name, own in moments.items() for moment, value in own.items()}
+    if in_parts(path):
+        wanted |= weights
+    else:  # transformers knows what it calls weights on the disk
+        there = {name: about for name, about in there.items() if "/" in name}
+        _load_weights(path, model, weights)
+    needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in wanted.items()}
     if faults := _unfit(there, needed):
         raise ValueError(f"{path} does not fit model and optimizer ({'; '.join(faults[:3])}): pass another checkpoint")
-    flat = {f"{name}/{moment}": value for name, own in moments.items() for moment, value in own.items()}
-    read_parts(path, weights | flat)
+    read_parts(path, wanted)
     optimizer.state.clear()
     for name, own in moments.items():
         put_moments(optimizer, groups[parameters[name]], parameters[name], own)
+
+
+def _load_weights(path: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Divide the weights of a checkpoint that one process wrote."""
+    undivided = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
+    load_weights(path, undivided)
+    values = undivided.state_dict()
+    for name, tensor in weights.items():
+        assign(tensor, values[name])
 
 
 def _unfit(there: Shapes, needed: Shapes) -> list[str]:

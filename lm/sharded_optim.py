@@ -1,9 +1,9 @@
 """Optimizers whose libraries do not know parameters that are divided among processes by rows (lm/fsdp.py)."""
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from lm.fsdp import like, local
+from lm.fsdp import assign, like, local
 
 BLOCK = 256  # 8-bit elements that share a scale: the size that bitsandbytes' kernels have for optimizers
 MIN_8BIT = 4096  # elements: the moments of smaller parameters stay in float32 (Dettmers et al., arXiv 2110.02861)
@@ -91,5 +91,4 @@ class AdafactorOfRows(torch.optim.Adafactor):
                     one.state[gathered] = self.state[parameter]
                 one.step()
                 self.state[parameter] = one.state[gathered]
-                of_all = DTensor.from_local(gathered.detach(), parameter.device_mesh, [Replicate()], run_check=False)
-                local(parameter).copy_(local(of_all.redistribute(placements=parameter.placements)))
+                assign(parameter, gathered.detach())

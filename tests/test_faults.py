@@ -54,9 +54,15 @@ def test_any_number_of_processes_goes_on_with_the_same_examples(trainer, world, 
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing"])
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_a_damaged_file_of_the_newest_checkpoint_is_named_and_the_one_before_used(name, harm, world, rng, folder):
-    trainer = rng.choice(TRAINERS)
+    trainer = rng.choice(("train", "pptrain", "pretrain"))
     harms = [found for file, found in damages(newest_of(interrupted(world, trainer))) if file == name]
     damaged_checkpoint(world, trainer, name, rng.choice([found for found in harms if found.startswith(harm)]), folder)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "missing"])
+def test_a_damaged_part_of_a_divided_checkpoint_is_named_and_the_one_before_used(harm, world, rng, folder):
+    harms = [(file, found) for file, found in damages(newest_of(interrupted(world, "fsdp"))) if file.startswith("shard-")]
+    damaged_checkpoint(world, "fsdp", *rng.choice([(file, found) for file, found in harms if found.startswith(harm)]), folder)
 
 
 @pytest.mark.parametrize("verify", [True, False])

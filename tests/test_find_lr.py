@@ -6,12 +6,13 @@ import math
 
 import pytest
 from launch import Launch, arguments
-from world import TRAINERS, World, content_of
+from world import World, content_of
 
 import find_lr
 from lm.lr_range import smooth
 from lm.runlog import records
 
+TRAINERS = ("train", "pptrain", "pretrain")
 LENGTH = {"train": "token_budget", "pptrain": "max_steps", "pretrain": "total_steps"}  # what says how long a run is
 FILES = ["lr_range.csv", "lr_range.json", "lr_range.png"]
 

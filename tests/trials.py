@@ -167,9 +167,8 @@ class Poison:
     where: str  # loss, gradient
 
     def __call__(self) -> None:
-        import torch
-
         import lm.session
+        from lm.fsdp import local
 
         if int(os.environ.get("RANK", 0)) != self.process:
             return
@@ -192,12 +191,17 @@ class Poison:
                     return loss * bad, *others
 
                 return clean_step(accelerator, model, optimizer, micro_batches, poisoned, *rest)
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            hook = parameters[len(parameters) // 2].register_hook(lambda grad: torch.full_like(grad, bad))
+            parameters, backward = list(model.parameters()), accelerator.backward
+
+            def then_poison(loss):
+                backward(loss)
+                local(parameters[len(parameters) // 2].grad).fill_(bad)
+
+            accelerator.backward = then_poison
             try:
                 return clean_step(accelerator, model, optimizer, micro_batches, loss_sum, *rest)
             finally:
-                hook.remove()
+                accelerator.backward = backward
 
         lm.session.Session.make_step, lm.session.train_step = make_step, train_step
 
@@ -268,7 +272,7 @@ def step_over(world: World, trainer: str, processes: int, start: int, stretch: i
 
 def drawn(world: World, trainer: str, data_step: int) -> dict[str, int]:
     """What pretrain.py has drawn before this data step."""
-    if trainer != "pretrain":
+    if trainer not in ("pretrain", "fsdp"):
         return {}
     options = world.options(trainer)
     rows = MixedRows(None, [], None, 0, options["mixin_percent"])

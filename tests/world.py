@@ -1,5 +1,6 @@
 """Small real data, runs on it that nothing disturbs, and what a disturbed one must not differ in."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import graph_runs
 import packs
+import safetensors
 from launch import Launch, arguments
 from text import byte_level_bpe, write_store
 from training import TINY
@@ -20,7 +22,8 @@ from lm.checkpoint import Checkpoints, damage
 from lm.files import sha256
 from lm.runlog import records
 
-TRAINERS = ("train", "pptrain", "pretrain")
+SCRIPTS = {"train": "train.py", "pptrain": "pptrain.py", "pretrain": "pretrain.py", "fsdp": "pretrain.py"}
+TRAINERS = tuple(SCRIPTS)
 Detail = dict[str, Any]  # what a trial did, for the record
 
 
@@ -57,17 +60,19 @@ class World:
         here = self.folder
         graphs = {"scratch_dir": here, "tokenizer": here / "tokenizer", "data_dir": here / "stages_splits"}
         text = {"scratch_dir": here, "c4_dir": here / "pack", "data_dir": here / "mixin_splits", "pptrain_checkpoint": "none"}
+        pretrain = packs.SETTINGS | text | {"total_steps": 36, "model": "neox-64x2"}
         own = {
             "train": TINY | {"data_dir": here / "papers"},
             "pptrain": graph_runs.CURRICULUM | graphs,
-            "pretrain": packs.SETTINGS | text | {"total_steps": 36, "model": "neox-64x2"},
+            "pretrain": pretrain,
+            "fsdp": pretrain | {"fsdp": "full_shard"},
         }
         return own[trainer] | {"ledger": True, "force_cpu": True}
 
     def start(self, trainer: str, folder: Path, processes: int = 1, before: Callable | None = None, **changes: Any) -> Launch:
         """A run in `folder`, on its way."""
         options = self.options(trainer) | {"output_dir": folder} | changes
-        return Launch(f"{trainer}.py", options, Path(f"{folder}.out"), processes, before)
+        return Launch(SCRIPTS[trainer], options, Path(f"{folder}.out"), processes, before)
 
     def finish(self, trainer: str, folder: Path, processes: int = 1, **changes: Any) -> None:
         """Run it to its end."""
@@ -94,9 +99,22 @@ class World:
 def whole(folder: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on what happened to it: its logs, its ledger, each file of its models."""
     models = [path for model in (newest_of(folder), folder / "final", folder / "best") for path in model.glob("*")]
-    files = {str(path.relative_to(folder)): sha256(path) for path in models}
+    divided = any(path.name.startswith("shard-") for path in models)
+    manifest = newest_of(folder) / "manifest.json"
+    files = {str(path.relative_to(folder)): content_sha256(path) for path in models if not (divided and path == manifest)}
     logs = {"train": records(folder, "train"), "eval": records(folder, "eval")}
     return files | logs | {"ledger": (folder / "logs/ledger.jsonl").read_text()}
+
+
+def content_sha256(path: Path) -> str:
+    """Of a file's bytes; of a part of a divided model, whose header safetensors writes in any order, of what it holds."""
+    if not path.name.startswith("shard-"):
+        return sha256(path)
+    with safetensors.safe_open(path, "np") as opened:
+        held = [sorted(opened.metadata().items())] + [
+            (name, opened.get_tensor(name).tobytes()) for name in sorted(opened.keys())
+        ]
+    return hashlib.sha256(repr(held).encode()).hexdigest()
 
 
 def check_same(folder: Path, expected: dict[str, Any]) -> None:
