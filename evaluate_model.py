@@ -63,10 +63,11 @@ from lm.search_evaluation import UNKNOWN, read_search, score, search_record, sea
 from lm.task_results import read_record, task_table, write_tasks
 from lm.text_evaluation import read_text, text_loss, text_table, write_text
 from lm.tokenizer import fingerprint, load_tokenizer
-from lm.trained import check_model, find_config, find_model, step_of
+from lm.trained import check_model, find_config, find_model, find_tokenizer, step_of
 from random_window_dataset import RandomWindowDataset
 
 T = TypeVar("T", bound="OfText")
+WEIGHTS = ("config.json", "model*.safetensors", "shard-*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,7 @@ def measured(args: Context, source: str, papers: Papers) -> dict[str, Any]:
 
 def weights_digest(source: str) -> str:
     """One SHA-256 for all files of a model, or for the commit of a hub repository."""
-    files = [path for name in ("config.json", "model*.safetensors", "pytorch_model*.bin") for path in Path(source).glob(name)]
+    files = [path for name in WEIGHTS for path in Path(source).glob(name)]
     commit = None if files else AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash
     return _digest({path.name: sha256(path) for path in files} or commit)
 
@@ -319,14 +320,6 @@ def complete_search(args: Search, source: str, run: dict | None) -> Search:
     faults = [f"no --{name}, and {found}: pass it" for name, value in needed.items() if not value]
     check(faults + below(args, 1, "max_examples", "micro_batch"))
     return replace(args, data_dir=Path(data_dir), tokenizer=str(tokenizer), output_dir=Path(output_dir))
-
-
-def find_tokenizer(source: str, own: dict) -> str | None:
-    """The tokenizer beside a model, or else that of the data which the arguments of its run name."""
-    if not Path(source).is_dir() or (Path(source) / "tokenizer.json").is_file():
-        return source
-    data = own.get("c4_dir") or (own["data_dir"] if "sequence_length" in own else None)
-    return own.get("tokenizer") or (str(Path(data) / "tokenizer") if data else None)
 
 
 def answer(args: Search, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, exam: Exam) -> list[str]:

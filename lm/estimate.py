@@ -69,9 +69,8 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """For people, before the run."""
-        said = [
-            f"estimate: {_gib(sum(self.device.values()))} of {_gib(self.device_bytes)} on each device ({_listed(self.device)})"
-        ]
+        on_device = f"{_gib(sum(self.device.values()))} of {_gib(self.device_bytes)}"
+        said = [f"estimate for each process: {on_device} on its device ({_listed(self.device)})"]
         if self.host:
             said.append(f"  and {_gib(sum(self.host.values()))} of {_gib(self.host_bytes)} in memory ({_listed(self.host)})")
         return [*said, f"  and about {_duration(self.seconds)}, without evaluations and checkpoints"]

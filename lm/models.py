@@ -1,4 +1,7 @@
-"""Causal language models by name: built-in presets (random weights, no network), folders and hub names."""
+"""Causal language models by name: built-in presets (random weights, no network), folders and hub names.
+
+PSANN-LM is as much at home as transformers' own architectures: `lm.psann`, which `lm.presets` imports, registers its classes.
+"""
 
 import hashlib
 import json

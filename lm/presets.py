@@ -6,6 +6,8 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from lm.psann import PsannConfig
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -104,6 +106,23 @@ class GPT(Preset):
         )
 
 
+@dataclass(frozen=True)
+class Psann(Preset):
+    """PSANN-LM (`lm.psann`): Llama's attention and norms, an MLP of 4 x hidden with biases, untied, no dropout."""
+
+    base: str = "respsann"  # "transformer" is the control: GELU in place of damped sines, nothing else changed
+
+    def config(self) -> PreTrainedConfig:
+        return PsannConfig(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.hidden,
+            max_position_embeddings=self.positions,
+            base=self.base,
+        )
+
+
 PRESETS: dict[str, Preset] = {
     # For two CPU cores.
     "neox-64x2": NeoX(64, 2, 4),
@@ -151,6 +170,19 @@ PRESETS: dict[str, Preset] = {
     "gpt3-6.7b": GPT(4096, 32, 32, lr=1.2e-4, batch_tokens=2_000_000),
     "gpt3-13b": GPT(5120, 40, 40, lr=1e-4, batch_tokens=2_000_000),  # the table's 5140 is no multiple of its 40 heads of 128
     "gpt3-175b": GPT(12_288, 96, 96, lr=6e-5, batch_tokens=3_200_000),
+    # PSANN-LM: tiny for two CPU cores, 13m with 16,384 tokens of vocabulary, the larger ones with about 50,000.
+    "psann-tiny": Psann(128, 4, 4),
+    "psann-tiny-transformer": Psann(128, 4, 4, base="transformer"),
+    "psann-tiny-waveresnet": Psann(128, 4, 4, base="waveresnet"),
+    "psann-tiny-sgrpsann": Psann(128, 4, 4, base="sgrpsann"),
+    "psann-tiny-geosparse": Psann(128, 4, 4, base="geosparse"),
+    "psann-13m": Psann(256, 6, 4, positions=1024),
+    "psann-13m-transformer": Psann(256, 6, 4, positions=1024, base="transformer"),
+    "psann-125m": Psann(768, 12, 12),
+    "psann-125m-transformer": Psann(768, 12, 12, base="transformer"),
+    "psann-300m": Psann(1024, 16, 16),
+    "psann-1b": Psann(2048, 16, 16),
+    "psann-3b": Psann(3072, 24, 24),
 }
 
 

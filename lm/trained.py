@@ -32,6 +32,14 @@ def find_model(name: str, checkpoint: str) -> tuple[str, str, dict | None]:
     return str(path), path.name, read_json(run / "run.json", "train.py")
 
 
+def find_tokenizer(source: str, own: dict) -> str | None:
+    """The tokenizer beside a model, or else that of the data which the arguments of its run name."""
+    if not Path(source).is_dir() or (Path(source) / "tokenizer.json").is_file():
+        return source
+    data = own.get("c4_dir") or (own["data_dir"] if "sequence_length" in own else None)
+    return own.get("tokenizer") or (str(Path(data) / "tokenizer") if data else None)
+
+
 def step_of(folder: Path) -> int | None:
     """Optimizer steps behind a run's checkpoint."""
     for name in ("state.json", "about.json"):
