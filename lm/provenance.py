@@ -76,8 +76,9 @@ def _compare(root: Path, commit: str, index: Path) -> Tree:
         if index.exists():
             shutil.copy2(index, folder)  # with its time, by which git knows the files that may have changed just after it
         own = {"GIT_INDEX_FILE": f"{folder}/index"}
-        added = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *PROGRAMS, **own)
-        if added:
+        found = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *PROGRAMS, **own)
+        programs = [name for name in found.split(b"\0") if name and not _is_of_a_model(root / os.fsdecode(name))]
+        if added := b"\0".join(programs):
             _git(root, "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul", given=added, **own, **LITERAL)
         _git(root, "update-index", "-q", "--really-refresh", **own, fails=True)  # its code says whether anything differs
         compare = ("diff-index", "--no-ext-diff")  # unlike `git diff` it obeys no settings that `git apply` does not know
@@ -86,6 +87,11 @@ def _compare(root: Path, commit: str, index: Path) -> Tree:
             return Tree(commit)
         diff = _git(root, *compare, "--patch", "--binary", commit, **own)
     return Tree(commit, changed=tuple(names.split("\0")[:-1]), diff=diff)
+
+
+def _is_of_a_model(program: Path) -> bool:
+    """Whether it lies in a model's folder, for which transformers copies the class of the model: nothing here imports it."""
+    return (program.parent / "config.json").is_file()
 
 
 def _git(root: Path, *command: str, given: bytes | None = None, fails: bool = False, **variables: str) -> bytes:

@@ -86,6 +86,19 @@ def test_whatever_differs_from_the_commit_is_named(change, name, tree):
         read_tree(False, tree)
 
 
+def test_the_class_that_a_model_s_folder_has_is_no_program_of_the_tree(tree):
+    model = tree / "exported"
+    model.mkdir()
+    (model / "psann.py").write_text("class of the model\n")
+    with pytest.raises(ValueError, match=r"exported/psann.py differ"):
+        read_tree(False, tree)
+    (model / "config.json").write_text("{}\n")
+    assert read_tree(False, tree) == Tree(git(tree, "rev-parse", "HEAD"))
+    (tree / "lm/new.py").write_text("a program\n")
+    with pytest.raises(ValueError, match=r"lm/new.py differ"):
+        read_tree(False, tree)
+
+
 def test_an_edit_in_the_moment_of_the_commit_is_noticed(tree):
     """Of the same size, and at the time that the index has of the file: git tells it by the time of the index."""
     git(tree, "config", "core.trustctime", "false")
