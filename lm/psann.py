@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -33,7 +32,7 @@ SINE = ("amplitude", "frequency", "damping")
 class PsannConfig(PreTrainedConfig):
     """The shape of a PSANN-LM. The bases share embedding, attention, norms, residual scales and initial weights.
 
-        respsann     the MLP's activation is a damped sine (`DampedSine`)
+        respsann     the MLP's activation is a damped sine (`SineParam`)
         transformer  the control: GELU in its place, nothing else changed
         waveresnet   respsann, and after each MLP a causal convolution over time (`Wave`)
         sgrpsann     respsann, and after each MLP a causal filter with a learned spectrum (`SpectralGate`)
@@ -96,15 +95,11 @@ class PsannConfig(PreTrainedConfig):
         positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         positive += [f"activation_{name}" for name in SINE] + ["conv_dilation", "sparse_neighbours", "sparse_depth"]
         found = [f"{name} {getattr(self, name)} must be above 0" for name in positive if not getattr(self, name) > 0]
+        least = {f"activation_{name}_std": 0 for name in SINE} | {"sparse_radius": 0, "conv_kernel": 2, "spectral_window": 2}
         found += [
-            f"activation_{name}_std {std} must be 0 or more"
-            for name in SINE
-            if not (std := getattr(self, f"activation_{name}_std")) >= 0
-        ]
-        found += [
-            f"{name} {getattr(self, name)} must be 2 or more"
-            for name in ("conv_kernel", "spectral_window")
-            if getattr(self, name) < 2
+            f"{name} {getattr(self, name)} must be {low} or more"
+            for name, low in least.items()
+            if not getattr(self, name) >= low
         ]
         if self.base not in BASES:
             found.append(f"base {self.base!r} is unknown: choose among {', '.join(BASES)}")
@@ -115,7 +110,7 @@ class PsannConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} is no multiple of 2 x {self.num_attention_heads} heads, which rotary positions"
                 " need: change one of them"
             )
-        if self.sparse_radius < 0 or self.sparse_neighbours > (cells := (2 * self.sparse_radius + 1) ** 2):
+        if self.sparse_neighbours > (cells := (2 * max(self.sparse_radius, 0) + 1) ** 2):
             found.append(
                 f"sparse_neighbours {self.sparse_neighbours} are more than the {cells} cells that sparse_radius"
                 f" {self.sparse_radius} has: raise the one or lower the other"
@@ -145,7 +140,6 @@ class _DampedSine(torch.autograd.Function):
         return decay.mul_((wide * frequency).sin_()).mul_(amplitude).to(z.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         z, amplitude, frequency, damping = ctx.saved_tensors
         wide, shape = z.to(amplitude.dtype), amplitude.shape
@@ -158,7 +152,7 @@ class _DampedSine(torch.autograd.Function):
         return of_z.to(z.dtype), of_amplitude.sum_to_size(shape), of_frequency, of_damping
 
 
-class DampedSine(nn.Module):
+class SineParam(nn.Module):
     """y = A exp(-d |z|) sin(f z) with A, f, d > 0 of each feature: softplus of a raw parameter, and 1e-6 more for f.
 
     All is computed in float32 whatever z is. For z from N(0, 1) and f of 2.25 a chain in bfloat16 errs by .0028 (root mean
@@ -185,10 +179,11 @@ class DampedSine(nn.Module):
 
     @torch.no_grad()
     def initialise(self, config: PsannConfig) -> None:
+        """Let A, f and d begin where the configuration says; what it spreads below a hundredth of its mean is put there."""
         for name in SINE:
             raw = getattr(self, f"{name}_raw")
             mean, std = getattr(config, f"activation_{name}"), getattr(config, f"activation_{name}_std")
-            values = torch.full_like(raw, mean)
+            values = torch.full_like(raw, mean, dtype=torch.float32)
             if std:
                 values = torch.normal(values, std).clamp_(min=0.01 * mean)
             init.copy_(raw, values + torch.log(-torch.expm1(-values)))  # the inverse of softplus
@@ -202,7 +197,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_activation(features: int, config: PsannConfig) -> nn.Module:
-    return nn.GELU() if config.base == "transformer" else DampedSine(features, config)
+    return nn.GELU() if config.base == "transformer" else SineParam(features, config)
 
 
 class Attention(nn.Module):
@@ -271,7 +266,7 @@ class CausalFilter(nn.Module):
 
 
 class Wave(nn.Module):
-    """x += Linear(DampedSine(convolution over time(norm(x)))), after the wave block of github.com/Nickm1128/psann.
+    """x += Linear(SineParam(convolution over time(norm(x)))), after the wave block of github.com/Nickm1128/psann.
 
     That one pads both ends of the row, so that each token sees the next; here the convolution is causal.
     """
@@ -281,7 +276,7 @@ class Wave(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.conv = nn.Conv1d(config.hidden_size, config.hidden_size, config.conv_kernel, groups=config.hidden_size, bias=False)
         self.filter = CausalFilter(layer_idx, config.conv_dilation)
-        self.activation = DampedSine(config.hidden_size, config)
+        self.activation = SineParam(config.hidden_size, config)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_BTD: torch.Tensor, time: Time, past: Cache | None) -> torch.Tensor:
@@ -354,7 +349,7 @@ class SparseLinear(nn.Module):
         return key.argsort(dim=-1, stable=True)[:, : self.weight.shape[1]].contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A pass for each cell of the window: memory for two copies of x, and gradients without atomic additions."""
+        """A pass for each cell of the window: one copy of x is kept for the gradients, and they need no atomic additions."""
         side, (rows, columns) = 2 * self.radius + 1, self.grid
         weights = self.weight.new_zeros(self.features, side**2).scatter(1, self.cells, self.weight)
         weights = weights.t().reshape(side**2, rows, columns)
@@ -441,7 +436,7 @@ class PsannPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, DampedSine):
+        elif isinstance(module, SineParam):
             module.initialise(self.config)
         elif isinstance(module, nn.Conv1d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # torch's own

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lm.models import build_model, non_embedding_parameters, num_parameters, on_paper
-from lm.presets import GPT, PRESETS, NeoX, Olmo, datadecide_settings
+from lm.presets import GPT, PRESETS, NeoX, Olmo, Psann, datadecide_settings
 
 OLMO = {name: preset for name, preset in PRESETS.items() if isinstance(preset, Olmo)}
 
@@ -182,7 +182,7 @@ def assert_causal(model, vocab_size: int, positions: int = 32, tolerance: float 
 def test_no_logit_depends_on_a_later_token(name, monkeypatch):
     torch.manual_seed(0)
     model = build_model(cut(name, monkeypatch), 300, 32)
-    kinds = {NeoX: "GPTNeoXForCausalLM", Olmo: "LlamaForCausalLM", GPT: "GPT2LMHeadModel"}
+    kinds = {NeoX: "GPTNeoXForCausalLM", Olmo: "LlamaForCausalLM", GPT: "GPT2LMHeadModel", Psann: "PsannForCausalLM"}
     assert type(model).__name__ == kinds[type(PRESETS[name])]
     assert_causal(model, 300)
 
