@@ -35,6 +35,9 @@ from lm.curriculum import Course, read_course, rows_for_screen, search_lines, st
 from lm.exactly_once import check_ledger, in_words
 from lm.files import whole_file, write_json, write_lines
 from lm.ledger import compare_ledgers, comparison_in_words
+from lm.lr_sweep import compare as compare_arms
+from lm.lr_sweep import in_words as arms_in_words
+from lm.lr_sweep import read_arms
 from lm.measure import bin_centres, context_bins
 from lm.mixtures import Result, analyse, by_K, find_results
 from lm.plots import (
@@ -46,6 +49,7 @@ from lm.plots import (
     curriculum_figure,
     excess_figure,
     loss_against_k_figure,
+    lr_sweep_figure,
     tokens_figure,
 )
 from lm.pretraining import Pretraining, Setting, by_setting, column, differences, read_pretrainings
@@ -86,6 +90,16 @@ class Pretrain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Which model ends lower, each at its own best learning rate: runs over models, rates and seeds, alike in all else."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of pretrain.py; the model of the first is what the others are compared with."""
+    output_dir: Path | None = None
+    """Where results go; needed for several runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OfLedger:
     """Whether a run trained on every example exactly once, and whether another saw the same."""
 
@@ -95,7 +109,7 @@ class OfLedger:
     """Another, to be compared step by step."""
 
 
-def report_folder(args: Curriculum | Pretrain, made_by: str) -> Path:
+def report_folder(args: Curriculum | Pretrain | Sweep, made_by: str) -> Path:
     """Where the results of these runs go."""
     if len(args.runs) != 1 and (not args.runs or args.output_dir is None):
         needed = "--output_dir is needed: pass it" if args.runs else f"a folder of {made_by} is needed: pass one or more"
@@ -391,6 +405,31 @@ def pretrain(args: Pretrain) -> None:
     print(f"figure: {folder / 'pretrain.png'}, results: {folder / 'pretrain.json'}, {folder / 'pretrain.jsonl'}")
 
 
+def sweep(args: Sweep) -> None:
+    """Read, compare, draw, write, and say which model was lower."""
+    folder = report_folder(args, "pretrain.py")
+    runs = read_pretrainings(args.runs)
+    arms = read_arms(runs)
+    rows = compare_arms(arms)
+    losses = {arm.model: {lr: list(cell.values()) for lr, cell in arm.losses.items()} for arm in arms}
+    tokens = runs[0].last_step * runs[0].run["derived"]["tokens_per_step"]
+    lr_sweep_figure(folder / "sweep.png", losses, f"After {tokens:,} tokens")
+    each = [
+        {"model": arm.model, "lr": lr, "seed": seed, "loss": loss}
+        for arm in arms
+        for lr, cell in arm.losses.items()
+        for seed, loss in cell.items()
+    ]
+    write_lines(folder / "sweep.jsonl", each)
+    said = arms_in_words(arms, rows)
+    write_json(folder / "sweep.json", {"tokens": tokens, "models": [_plain(row) for row in rows], "found": said})
+    lrs = sorted({lr for arm in arms for lr in arm.losses})
+    table = [["model", "parameters", *[f"lr {lr:g}" for lr in lrs]]]
+    table += [[arm.model, f"{arm.parameters:,}", *[_text(*arm.mean(lr)) for lr in lrs]] for arm in arms]
+    print("\n".join([markdown(table), *said]))
+    print(f"figure: {folder / 'sweep.png'}, results: {folder / 'sweep.json'}, {folder / 'sweep.jsonl'}")
+
+
 def ledger(args: OfLedger) -> int:
     """Check, compare, write, and say what was found; returns 1 unless all is as it should be."""
     found = check_ledger(args.run)
@@ -406,6 +445,7 @@ def ledger(args: OfLedger) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Answer the question that the first argument names; returns the exit code."""
     commands = {"ergodic": (Ergodic, ergodic), "curriculum": (Curriculum, curriculum), "pretrain": (Pretrain, pretrain)}
+    commands["sweep"] = (Sweep, sweep)
     return run_command(commands | {"ledger": (OfLedger, ledger)}, argv)
 
 

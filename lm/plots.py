@@ -274,6 +274,21 @@ def lr_range_figure(
         _legend_beside(axes)
 
 
+def lr_sweep_figure(path: Path, losses: dict[str, dict[float, Sequence[float]]], title: str) -> None:
+    """Loss at the end of each run against its learning rate (log axis): a point for each seed, a line through their means."""
+    with figure(path, width=7.5) as (axes,):
+        for number, (label, by_lr) in enumerate(losses.items()):
+            points = [(lr, loss) for lr, of_seeds in by_lr.items() for loss in of_seeds]
+            axes.scatter(*zip(*points, strict=True), color=f"C{number}", s=22, alpha=0.5)
+            means = [np.mean(of_seeds) for of_seeds in by_lr.values()]
+            axes.plot(list(by_lr), means, color=f"C{number}", marker="_", ms=12, label=label)
+        axes.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss (nats per token)", title=title)
+        ticks = sorted({lr for by_lr in losses.values() for lr in by_lr})
+        axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(title="points: seeds; line: their mean")
+
+
 def decisions_figure(path: Path, rows: Sequence[dict], target: str) -> None:
     """Decision accuracy against the share of the target's compute, a panel for each task and a line for each measure.
 
