@@ -46,7 +46,7 @@ from lm.session import Session
 from lm.splits import Splits, read_splits
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import TrainerArgs, optimizer_of
+from lm.trainer_args import TrainerArgs, fall_back, optimizer_of
 from synthetic import SyntheticExamples, share_too_long
 
 
@@ -329,6 +329,7 @@ def prepare(args: Args) -> Prepared:
     """Read the data and build the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     args = replace(args, output_dir=args.output_dir or str(Path(args.scratch_dir) / "pptrain"))
     check(args.faults())
+    args = fall_back(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked after its first use
     accelerator = start_accelerator(args.precision, args.force_cpu)
     grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum

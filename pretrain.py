@@ -59,7 +59,7 @@ from lm.step import plan_batch
 from lm.supply import check_supply, look_again, too_few, wait_for_blocks
 from lm.text_evaluation import text_loss
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import TrainerArgs, optimizer_of
+from lm.trainer_args import TrainerArgs, fall_back, optimizer_of
 from lm.writing import prompt_ids, write
 
 WORTH_AN_ESTIMATE = 1e12  # operations: half a minute of one CPU core
@@ -494,6 +494,7 @@ class Prepared:
 def prepare(args: Args) -> Prepared:
     """Open the data and build or load the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     check(args.faults())
+    args = fall_back(args)
     args = with_defaults(args)
     if args.cpu_offload:
         expect_cpu_offload()

@@ -41,7 +41,7 @@ from lm.schedule import Schedule, ScheduleName, evaluations_since_best, plateau_
 from lm.session import Session
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import TrainerArgs, optimizer_of
+from lm.trainer_args import TrainerArgs, fall_back, optimizer_of
 from random_window_dataset import RandomWindowDataset, choose_categories
 
 
@@ -296,6 +296,7 @@ class Prepared:
 def prepare(args: Args) -> Prepared:
     """Read the data and build the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     check(args.faults())
+    args = fall_back(args)
     accelerator = start_accelerator(args.precision, args.force_cpu)
     if args.upload_results_to_s3 and accelerator.is_main_process:
         results_folder(args)  # no bucket should be noticed now and not after the last step

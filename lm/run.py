@@ -36,7 +36,7 @@ from lm.runlog import RunLog
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; the same command goes on from there
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "safetensors", "trl")
 
 
 class StopSignal:

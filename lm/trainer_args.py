@@ -1,6 +1,9 @@
 """The arguments that decide an update, the same for every trainer; each trainer has defaults of its own."""
 
-from dataclasses import dataclass
+import importlib.util
+import os
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -10,6 +13,7 @@ from lm.schedule import Schedule, ScheduleName
 
 ONE_CYCLE = ("pct_start", "div_factor", "final_div_factor", "three_phase", "cycle_momentum")
 SCHEDULE = ("schedule", "warmup_steps", "min_lr_ratio", *ONE_CYCLE, "decay_share", "warmup_tokens", "decay_tokens")
+T = TypeVar("T", bound="TrainerArgs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +101,16 @@ def optimizer_of(args: TrainerArgs, model: torch.nn.Module) -> torch.optim.Optim
     """The optimizer that these arguments name."""
     betas = (args.adam_beta1, args.adam_beta2)
     return make_optimizer(args.optimizer, model, args.lr, betas, args.adam_eps, args.weight_decay, args.decay)
+
+
+def fall_back(args: T) -> T:
+    """The arguments with adamw where the library of the optimizer they name is missing, which is said."""
+    if args.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None:
+        return args
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(
+            "warning: no bitsandbytes, --optimizer adamw8bit needs it: falling back to adamw, whose moments take 8 bytes a parameter"
+            " instead of 2; pip install bitsandbytes for the other",
+            flush=True,
+        )
+    return replace(args, optimizer="adamw")

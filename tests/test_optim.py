@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import re
 import sys
 from typing import get_args
@@ -9,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import pretrain
 from lm.checkpoint import Checkpoints, load_checkpoint
 from lm.models import build_model
 from lm.optim import OptimizerName, make_optimizer, parameter_groups, set_beta1
+from lm.trainer_args import fall_back
 
 NAMES = get_args(OptimizerName)
 LR = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 1e-1, "muon": 3e-3, "sgd": 1e-1}
@@ -253,3 +256,13 @@ def test_without_bitsandbytes_it_is_said_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(RuntimeError, match=r"no bitsandbytes \(.*\), --optimizer adamw8bit needs it: pip install bitsandbytes"):
         made("adamw8bit", small())
+
+
+def test_without_bitsandbytes_a_trainer_falls_back_to_adamw_and_says_so(monkeypatch, capsys):
+    args = pretrain.Args(scratch_dir="S", optimizer="adamw8bit")
+    assert fall_back(args) is args
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert fall_back(args) == dataclasses.replace(args, optimizer="adamw")
+    assert "no bitsandbytes, --optimizer adamw8bit needs it: falling back to adamw" in capsys.readouterr().out
+    muon = dataclasses.replace(args, optimizer="muon")
+    assert fall_back(muon) is muon
