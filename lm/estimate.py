@@ -39,6 +39,13 @@ class Setup:
     num_processes: int
     local_processes: int  # that share this machine's CPU memory
     device: torch.device
+    device_bytes: float | None = None  # of memory on a GPU that is not this machine's
+    operations_per_sec: float | None = None  # that a device makes in a product of large matrices; by default it is tried here
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether devices have memory of their own."""
+        return self.device.type == "cuda" or self.device_bytes is not None
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,15 @@ def estimate(config: PreTrainedConfig, setup: Setup) -> Estimate:
     elif setup.precision != "fp32":
         computing["gathered"] = number * DTYPES[setup.precision].itemsize  # autocast keeps the copies of a pass
     copies = {"checkpoints": (4 * number + moments) / shards}
-    if setup.device.type == "cpu":
-        parts, there = state | computing | copies | {"libraries": LIBRARIES["cpu"]}, _free_memory() / setup.local_processes
-        return Estimate(parts, {}, there, there, _seconds(model, setup))
+    in_process = _free_memory() / setup.local_processes
+    if not setup.is_gpu:
+        parts = state | computing | copies | {"libraries": LIBRARIES["cpu"]}
+        return Estimate(parts, {}, in_process, in_process, _seconds(model, setup))
     on_device, in_memory = (computing, state) if setup.cpu_offload else (state | computing, {})
     host = {"building": 4.0 * number, "libraries": LIBRARIES["cpu"]} | copies | in_memory
-    there = torch.cuda.get_device_properties(setup.device).total_memory
+    there = setup.device_bytes or torch.cuda.get_device_properties(setup.device).total_memory
     on_device |= {"libraries": LIBRARIES["cuda"]}
-    return Estimate(on_device, host, there, _free_memory() / setup.local_processes, _seconds(model, setup))
+    return Estimate(on_device, host, there, in_process, _seconds(model, setup))
 
 
 def _gathered(model: PreTrainedModel, setup: Setup) -> float:
@@ -174,7 +182,8 @@ def operations(model: PreTrainedModel, seq_len: int) -> float:
 
 
 def _seconds(model: PreTrainedModel, setup: Setup) -> float:
-    speed = SHARE_OF_SPEED[setup.device.type] * _matrix_speed(model.config.hidden_size, setup) * setup.num_processes
+    speed = setup.operations_per_sec or _matrix_speed(model.config.hidden_size, setup)
+    speed *= SHARE_OF_SPEED["cuda" if setup.is_gpu else "cpu"] * setup.num_processes
     again = 4 / 3 if setup.grad_checkpoint else 1
     return again * operations(model, setup.seq_len) * setup.tokens / speed
 

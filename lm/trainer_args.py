@@ -109,8 +109,8 @@ def fall_back(args: T) -> T:
         return args
     if int(os.environ.get("RANK", 0)) == 0:
         print(
-            "warning: no bitsandbytes, --optimizer adamw8bit needs it: falling back to adamw, with 8 bytes of moments a parameter"
-            " instead of 2; pip install bitsandbytes for the other",
+            "warning: no bitsandbytes, --optimizer adamw8bit needs it: falling back to adamw, with 8 bytes of moments for each"
+            " parameter instead of 2; pip install bitsandbytes for the other",
             flush=True,
         )
     return replace(args, optimizer="adamw")
