@@ -27,7 +27,6 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-extra=()
 case $size in # vocabulary, targets in a row, rows in a step, rows in a pass, learning rate, tokens
 tiny) set -- 4096 256 16 8 4e-3 1600000 ;;
 125m) set -- 50304 2048 256 16 2e-3 3200000000 ;;
@@ -47,9 +46,10 @@ if [ $((batch % (processes * device_batch))) != 0 ]; then
         "--device_batch" >&2
     exit 2
 fi
+precision=bf16 divided=() sft_lr=3e-4
 case $size in
-tiny) extra+=(--precision fp32) ;;
-1b | 3b) extra+=(--fsdp full_shard --grad_checkpoint) ;;
+tiny) precision=fp32 sft_lr=2e-3 ;;
+1b | 3b) divided=(--fsdp full_shard --grad_checkpoint) ;;
 esac
 if [ "$size" = tiny ]; then
     rows=${rows:-samples/tasks} chat=${chat:-samples/conversations/train.jsonl}
@@ -81,7 +81,7 @@ launch() { # a trainer and its arguments, on every process
 }
 
 stage estimate python estimate_run.py --model "$model" --vocab_size $vocab --seq_len $seq_len --micro_batch "$device_batch" \
-    --tokens "$tokens" --num_processes "$processes" "${extra[@]}"
+    --tokens "$tokens" --num_processes "$processes" --precision $precision "${divided[@]}"
 if [ -z "$manifest" ]; then
     stage samples python fetch_samples.py --parts pubmed papers bible conversations tasks
     manifest=$out/texts.txt
@@ -103,10 +103,10 @@ until [ -e "$pack/progress.json" ] || [ -e "$pack/meta.json" ]; do # the first s
 done
 stage pretrain launch pretrain.py --scratch_dir "$out" --model "$model" --total_steps $steps --effective_batch $batch \
     --micro_batch "$device_batch" --lr $lr --schedule wsd --warmup_steps $((steps / 20 + 1)) --adam_beta2 0.95 --adam_eps 1e-8 \
-    --eval_every $((steps / 4 + 1)) "${extra[@]}"
+    --eval_every $((steps / 4 + 1)) --precision $precision "${divided[@]}"
 wait $packing || { tail -n 5 "$out/pack.log" >&2; exit 1; }
 stage chat launch sft.py "$out/pretrain" --data "$chat" --output_dir "$out/chat" --seq_len $seq_len \
-    --micro_batch "$device_batch" $([ "$size" = tiny ] && echo --lr 2e-3) $([ "${#extra[@]}" -lt 3 ] || echo "${extra[@]}")
+    --micro_batch "$device_batch" --lr $sft_lr --precision $precision "${divided[@]}"
 [ -e "$out/exported/manifest.json" ] || stage export python export_model.py "$out/chat" --output_dir "$out/exported"
 stage evaluate bash scripts/run_lm_eval_psann.sh "$out/chat" --tasks "$tasks" --apply_chat_template "${own_rows[@]}"
 for question in "Hello! How are you?" "What do you like to eat?" "Tell me about your day."; do
