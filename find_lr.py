@@ -103,6 +103,13 @@ class OfPretrain(pretrain.Args, RangeArgs):
     total_steps: int | None = None
     """Of the run; the test makes --num_steps."""
 
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults()
+        if self.fsdp:
+            found.append("--fsdp is not for find_lr.py, which tries rates on whole models: leave it out")
+        return found
+
 
 @dataclass(frozen=True)
 class Trial:

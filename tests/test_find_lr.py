@@ -160,3 +160,8 @@ def test_a_pack_that_is_too_short_is_refused_unless_it_may_be_read_again(world, 
     with pytest.raises(ValueError, match=r"480 are needed: pack more .* or pass --allow_epochs"):
         find(world, "pretrain", **many)
     assert find(world, "pretrain", **many, allow_epochs=True) == 0
+
+
+def test_a_divided_model_is_refused(world):
+    with pytest.raises(ValueError, match="--fsdp is not for find_lr.py, which tries rates on whole models: leave it out"):
+        find(world, "pretrain", fsdp="full_shard")
