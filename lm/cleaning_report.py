@@ -92,19 +92,23 @@ def table(report: dict[str, Any]) -> str:
 
 
 def draw(path: Path, report: dict[str, Any]) -> None:
-    """A bar for each reason: documents and characters, in percent of what was read."""
+    """A bar for each reason: documents and characters that went, in percent of what was read."""
     from lm.plots import figure  # takes a second
 
-    names = [row["reason"] for row in report["removed"]] + [KEPT]
-    rows = [*report["removed"], report["kept"]]
+    rows = sorted(report["removed"], key=lambda row: -row["documents"])
+    names = [row["reason"] for row in rows]
     with figure(path, width=9.0, height=0.32 * len(names) + 1.6) as (axes,):
+        largest = 0.0
         for offset, unit in ((-0.2, "documents"), (0.2, "characters")):
-            whole = max(report["read"][unit], 1)
-            shares = [100 * row[unit] / whole for row in rows]
-            at = [position + offset for position in range(len(names))]
-            bars = axes.barh(at, shares, 0.38, label=unit)
+            shares = [100 * row[unit] / max(report["read"][unit], 1) for row in rows]
+            largest = max([largest, *shares])
+            bars = axes.barh([position + offset for position in range(len(names))], shares, 0.38, label=unit)
             axes.bar_label(bars, [f"{share:.2g} %" for share in shares], padding=3, fontsize=7)
-        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="% of what was read", xlim=(0, 112))
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="% of what was read", xlim=(0, 1.12 * largest or 1))
         axes.invert_yaxis()
-        axes.legend(loc="center right")
-        axes.set_title(f"{report['read']['documents']:,} documents read, {report['kept']['documents']:,} kept")
+        axes.legend(loc="lower right")
+        read, kept = report["read"], report["kept"]
+        share = 100 * kept["characters"] / max(read["characters"], 1)
+        axes.set_title(
+            f"{kept['documents']:,} of {read['documents']:,} documents and {share:.3g} % of the text kept; what went:"
+        )

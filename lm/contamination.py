@@ -93,7 +93,8 @@ class Evaluation:
         for part in parts_of([name]):
             with quiet():
                 task = load_task(part, self.rows)
-            for row in task.eval_docs:
+                rows = task.eval_docs
+            for row in rows:
                 yield _strings(row) | worded(task, row)
 
     def _documents(self, file: File) -> Iterator[set[str]]:
