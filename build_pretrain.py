@@ -27,7 +27,7 @@ from tqdm import tqdm
 from lm.args import below, check, parse
 from lm.characters import character_tokenizer, preparation
 from lm.corpus import File, digest, find_files, hub_files, read_manifest
-from lm.documents import Reading, cut
+from lm.documents import Piece, Reading, cut
 from lm.files import listed, locked
 from lm.packer import Packer, new_state
 from lm.paper_writer import refuse_other
@@ -169,7 +169,8 @@ def find_corpus(args: Args) -> Corpus:
     files = read_manifest(args.manifest) if args.manifest else find_files(args.documents)
     held_out = find_files(args.held_out_documents) if args.held_out_documents else []
     for file in held_out:
-        if any(Path(file.name).samefile(other.name) for other in files if other.size == file.size):
+        same = (other for other in files if (other.size, other.modified_ns) == (file.size, file.modified_ns))
+        if any(Path(file.name).samefile(other.name) for other in same):
             raise ValueError(f"{file.name} is among --documents and --held_out_documents: leave it out of one of them")
     return Corpus(files, held_out, {"documents": list(args.documents), "manifest": str(args.manifest or "")})
 
@@ -220,7 +221,7 @@ class Display:
         if self.bar.disable and now - self.said < SHOW_EVERY_SEC:
             return
         self.said = now
-        target = self.packer.target_tokens or self.packer.expected_tokens(len(self.packer.job.pieces))
+        target = self.packer.target_tokens or self.packer.expected_tokens(len(self.packer.pieces))
         if not self.bar.disable:
             self.bar.total = max(target, self.before + tokens)
             self.bar.update(self.before + tokens - self.bar.n)
@@ -236,27 +237,28 @@ def begin(args: Args, job: Job, header: dict, corpus: Corpus, tokenizer) -> Pack
 
     Raises: ValueError if the folder holds another pack, or something else, or if there is not enough held-out text.
     """
-    found = read_state(args.folder)
+    found, pieces = read_state(args.folder), cut(corpus.files, job.reading)
     if found is not None:
         refuse_other(found[0]["header"], header, args.folder)
         Pack(args.folder)  # looks at sizes and tokenizer, so that nothing is added to a damaged pack
-        return Packer(args.folder, found[0], job)
+        return Packer(args.folder, found[0], pieces, job)
     ours = ("held_out.bin", "tokenizer")  # a run that was killed before progress.json began with these
     if strangers := [path.name for path in args.folder.iterdir() if path.name not in ours and not path.name.startswith(".")]:
         raise ValueError(f"{args.folder} holds {strangers[0]}, which is no pack: pass another --output_dir, or remove it")
     from lm.tokenizer import save_tokenizer
 
-    held_out = write_held_out(args, job, corpus, tokens_for(args.held_out_blocks, header))
+    first = cut(corpus.held_out, job.reading)[0] if corpus.held_out else pieces[0]
+    held_out = write_held_out(args, job, first, corpus, tokens_for(args.held_out_blocks, header))
     save_tokenizer(tokenizer, args.folder / "tokenizer")
     files = listed(args.folder, sorted(path for path in (args.folder / "tokenizer").rglob("*") if path.is_file()))
-    packer = Packer(args.folder, new_state(written(header), held_out, files, corpus.about | {"tokenizer": args.tokenizer}), job)
+    state = new_state(written(header), held_out, files, corpus.about | {"tokenizer": args.tokenizer})
+    packer = Packer(args.folder, state, pieces, job)
     packer.save()
     return packer
 
 
-def write_held_out(args: Args, job: Job, corpus: Corpus, needed: int) -> dict[str, Any]:
-    """Write held_out.bin: the first documents of the held-out files, or of the corpus, which are not packed then."""
-    piece = cut(corpus.held_out, job.reading)[0] if corpus.held_out else job.pieces[0]
+def write_held_out(args: Args, job: Job, piece: Piece, corpus: Corpus, needed: int) -> dict[str, Any]:
+    """Write held_out.bin: the first documents of a piece of the held-out files, or of the corpus, which are not packed then."""
     job = replace(job, shard_tokens=needed, compare_all=True)
     packer = PiecePacker(job, CONTEXT.Array("q", 2), CONTEXT.Value("i", 0))
     if why := packer.encoder.why_not_fast:
@@ -280,7 +282,7 @@ def work(args: Args, packer: Packer) -> dict[str, Any] | None:
                 f"{packer.folder} lacks pieces {pieces}: run the tasks again, all with the same --num_tasks; they continue"
             )
         return packer.finish()
-    numbers = range(args.task or 0, len(packer.job.pieces), args.num_tasks)
+    numbers = range(args.task or 0, len(packer.pieces), args.num_tasks)
     if len(numbers) < args.num_workers:
         why = "a compressed file cannot be entered in the middle, a large one that is not can"
         print(f"{len(numbers)} pieces for {args.num_workers} workers ({why})")
@@ -320,7 +322,6 @@ def pack(args: Args) -> None:
     header, reading = describe(args, corpus, tokenizer), reading_of(args, tokenizer)
     job = Job(
         partial=args.folder / "partial",
-        pieces=cut(corpus.files, reading),
         reading=reading,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         vocab_size=len(tokenizer),

@@ -7,6 +7,7 @@
     python evaluate_model.py search EleutherAI/pythia-160m --data_dir S/data/nl_splits/mis384_look64_seed12345 \
         --output_dir evaluation/pythia-160m
     python evaluate_model.py tasks S/pretrain --rows samples/tasks           # lm-eval's tasks; without --rows from the hub
+    python evaluate_model.py tasks RUN_chat --tasks hellaswag,piqa --num_fewshot 5 --apply_chat_template --fewshot_as_multiturn
     python evaluate_model.py text S/pretrain --documents samples/papers/test.json.gz
 
 `context` makes two measurements on one split, for each category:
@@ -21,7 +22,10 @@ the valid ones; accuracy by lookahead stands beside that of choosing a child of 
 
 `tasks` has lm-eval score the choices of multiple-choice questions and makes DataDecide's measures of their likelihoods
 (lm/choice_measures.py): accuracies, of which each task has a primary one, and four that move earlier in training. MMLU is asked
-like the others, for the text of the answer, and is the mean over its subjects.
+like the others, for the text of the answer, and is the mean over its subjects. Questions can be put with answered examples, as
+a chat, and after an instruction; results of each way have a name of their own. lambada_openai and wikitext measure how likely
+a text is, and are never put as questions. Every score has its standard error and what chance would give: choosing at random,
+of texts a model that finds all ids equally likely.
 
 `text` measures the loss of every token but the first of files of text, documents joined by EOS as in pretraining.
 
@@ -29,7 +33,8 @@ Reads   RUN/run.json, RUN/{final,best,checkpoints/step_*}/ or any model; the fol
         build_data_splits.py (`search`); rows of tasks by fetch_samples.py (`tasks`); JSON Lines, Parquet or text (`text`)
 Writes  RUN/evaluation/CHECKPOINT_SPLIT.json (results), .npz (the loss of every window), .png (loss against context)
         RUN/evaluation/CHECKPOINT_search_SPLIT.json (results), .jsonl (every answer), .png (accuracy by lookahead)
-        RUN/evaluation/CHECKPOINT_tasks.json (results), .jsonl (the log-likelihoods of every choice)
+        RUN/evaluation/CHECKPOINT_tasks.json (results), .jsonl (the log-likelihoods of every choice);
+            CHECKPOINT_tasks_5shot_chat_multiturn.json and the like for other ways to put questions
         RUN/evaluation/CHECKPOINT_text_NAME.json (results)
 """
 
@@ -37,7 +42,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -142,15 +147,22 @@ class OfText(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks(OfText):
-    """Measure accuracy and likelihoods on multiple-choice tasks, as DataDecide does."""
+    """Measure accuracy and likelihoods on multiple-choice tasks, as DataDecide does, and how likely texts are."""
 
     tasks: str = "arc_challenge,arc_easy,boolq,hellaswag,mmlu,openbookqa,piqa,sciq,winogrande"
-    """Names with commas between; also commonsense_qa and social_iqa."""
+    """Names with commas between; also commonsense_qa, social_iqa, and the texts lambada_openai and wikitext."""
     rows: Path | None = None
-    """Folder of the tasks' rows, TASK/validation.jsonl (fetch_samples.py), from which few-shot examples are drawn too; no
-    network is touched then. Default: lm-eval fetches them from the hub, and evaluates on the test split where there is one."""
+    """Folder of the tasks' rows, TASK/validation.jsonl (fetch_samples.py; all but wikitext's), from which few-shot examples are
+    drawn too; no network is touched then. Default: lm-eval fetches them from the hub, and evaluates on the test split where
+    there is one."""
     num_fewshot: int = 0
     """Answered examples before each question."""
+    apply_chat_template: bool = False
+    """Put each question as a user's turn, by the chat template of the tokenizer, and score choices as the assistant's."""
+    fewshot_as_multiturn: bool = False
+    """With a chat template: each example is a turn of the user and one of the assistant, not all part of the question."""
+    system_instruction: str | None = None
+    """What stands before everything, with a chat template as the system's turn."""
     limit: int | None = None
     """Questions of each task, or subject of MMLU, the first; default: all."""
     micro_batch: int = 32
@@ -409,31 +421,38 @@ def read_tokenizer(name: str, source: str) -> PreTrainedTokenizerFast:
 
 def tasks(args: Tasks) -> None:
     """Have the tasks scored, write measures and likelihoods, and print a table."""
+    from lm.prompting import Prompting
     from lm.scorer import Scorer  # lm-eval takes seconds to import
-    from lm.tasks import measure_tasks, parts_of, rows_digest, versions
+    from lm.tasks import example_faults, measure_tasks, name_faults, parts_of, rows_digest, versions
 
-    parts = parts_of([name.strip() for name in args.tasks.split(",")])
+    names = [name.strip() for name in args.tasks.split(",")]
+    prompting = Prompting(**{field.name: getattr(args, field.name) for field in fields(Prompting)})
+    check(name_faults(names) + prompting.faults())
+    parts = parts_of(names)
     rows = None if args.rows is None else rows_digest(parts, args.rows)
+    check([] if args.rows is None else example_faults(parts, args.rows, args.num_fewshot))
     source, checkpoint, run = find_model(args.model, args.checkpoint)
     args = complete_text(args, source, run, "limit")
-    check(below(args, 0, "num_fewshot"))
     tokenizer = read_tokenizer(args.tokenizer, source)
+    check(prompting.template_faults(tokenizer, args.tokenizer))
     depends_on = {"tasks": list(dict.fromkeys(part.task for part in parts)), "rows": rows, "versions": versions()}
-    depends_on |= {name: getattr(args, name) for name in ("num_fewshot", "limit", "seq_len", "precision")}
+    depends_on |= prompting.identity(tokenizer) | {name: getattr(args, name) for name in ("limit", "seq_len", "precision")}
     depends_on |= {"weights": weights_digest(source), "tokenizer": fingerprint(tokenizer)}
-    path = args.output_dir / f"{checkpoint}_tasks.json"
+    path = args.output_dir / f"{checkpoint}_tasks{prompting.suffix}.json"
     if is_there(path, args.overwrite, depends_on, read_record, task_table):
         return
 
     model = load_model(source).to(args.device)
     with progress(0, " prompts") as bar:
         scorer = Scorer(model, tokenizer, args.seq_len, args.micro_batch, args.precision, bar)
-        summaries, items = measure_tasks(scorer, parts, args.rows, args.num_fewshot, args.limit)
+        summaries, items = measure_tasks(scorer, parts, args.rows, prompting, args.limit)
     record = about(args, source, checkpoint, depends_on) | {"rows": str(args.rows or "hub"), "tasks": summaries}
     write_tasks(path, record, items)
     print(task_table(record))
     if args.rows is not None and args.num_fewshot:
         print("few-shot examples are from the rows that are evaluated too (of mmlu from dev), never the question itself")
+    if prompting != Prompting() and (texts := [part.name for part in parts if part.is_text]):
+        print(f"{', '.join(texts)}: the text alone, without examples, chat template or instruction")
     print(f"results: {path}, every choice: {path.with_suffix('.jsonl')}")
 
 

@@ -11,7 +11,7 @@ Writes  OUTPUT_DIR/tokenizer_neox/  the GPT-NeoX-20B (Pythia) tokenizer, 50,277 
         OUTPUT_DIR/papers/         260 whole papers on language processing: "id" (arXiv), "text", "source"; .json.gz, as Dolma
         OUTPUT_DIR/bible/          the King James Bible, a chapter a document: "text", "id"
         OUTPUT_DIR/conversations/  chats of two people: "text" (a turn a line), "id", "messages" (role, content)
-        OUTPUT_DIR/tasks/          rows of eleven benchmarks for evaluate_model.py tasks: TASK/SPLIT.jsonl (mmlu/SUBJECT/...)
+        OUTPUT_DIR/tasks/          rows of twelve benchmarks for evaluate_model.py tasks: TASK/SPLIT.jsonl (mmlu/SUBJECT/...)
         OUTPUT_DIR/*/meta.json     source, rules, counts, rights, checksums; written last
 
 Texts are in train, validation and test.jsonl: 80, 10 and 10 percent by a hash of the identifier, each text once.

@@ -25,6 +25,7 @@ from lm.checks import COUNT, Kinds, file_faults, kind_faults, list_faults
 from lm.files import listed, read_json, read_sealed, sync, whole_folder, write_json, write_sealed
 from lm.models import load_weights
 from lm.optim import Moments, group_of, moments_of, needed_moments, put_moments
+from lm.tokenizer import save_tokenizer
 
 FORMAT = "checkpoint-2"
 MADE_BY = "the training script"
@@ -72,7 +73,7 @@ class Checkpoints:
         def publish(copies: dict[str, torch.Tensor]) -> None:
             def write(folder: Path) -> None:
                 model.save_pretrained(folder, state_dict=copies)
-                tokenizer.save_pretrained(folder)
+                save_tokenizer(tokenizer, folder)
                 write_json(folder / "about.json", about)
 
             write_folder(path, write)

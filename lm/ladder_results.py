@@ -42,7 +42,7 @@ def _check_alike(folders: Sequence[Path]) -> None:
     for folder in folders:
         args, size = read_run(folder, "pretrain.py")["args"], folder.parent.name
         told = {f"--{name} at {size}": args.get(name) for name in TRAINED_ALIKE}
-        for path in [*folder.glob("evaluation/final_tasks.json"), *folder.glob(TEXTS)]:
+        for path in [*_tasks_file(folder), *folder.glob(TEXTS)]:
             measured = read_json(path, "evaluate_model.py").get("measured", {})
             told |= {f"{path.name}: {name}": measured[name] for name in measured if name not in ("weights", "versions")}
         if (folder / "results.json").is_file():
@@ -60,8 +60,7 @@ def _check_alike(folders: Sequence[Path]) -> None:
 def _read_run(folder: Path, say: Callable[[str], None]) -> list[Result]:
     """The results of RECIPE/SIZE/seed*/, a run of pretrain.py; a run that was not evaluated has none, and a line says so."""
     run = read_run(folder, "pretrain.py")
-    tasks = folder / "evaluation/final_tasks.json"
-    measured = (read_tasks(tasks) if tasks.is_file() else {}) | _losses(folder)
+    measured = {task: measures for path in _tasks_file(folder) for task, measures in read_tasks(path).items()} | _losses(folder)
     if not measured or not (folder / "final").is_dir():
         say(f"{folder} is not {'evaluated' if (folder / 'final').is_dir() else 'finished'}: left out")
         return []
@@ -75,6 +74,19 @@ def _read_run(folder: Path, say: Callable[[str], None]) -> list[Result]:
         Result(recipe=recipe, size=size, seed=seed, task=task, measures=measures, **facts)
         for task, measures in measured.items()
     ]
+
+
+def _tasks_file(folder: Path) -> list[Path]:
+    """The results of tasks, if there are any: of plain questions, or else the only ones.
+
+    Raises: ValueError if questions were only put in several other ways.
+    """
+    found = sorted(folder.glob("evaluation/final_tasks*.json"))
+    if plain := [path for path in found if path.name == "final_tasks.json"]:
+        return plain
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {', '.join(path.name for path in found)}, one is needed: move the others away")
+    return found
 
 
 def _losses(folder: Path) -> dict[str, dict[str, float]]:

@@ -7,12 +7,13 @@ all before it are there. meta.json is written when enough are. What was publishe
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lm.documents import Piece
 from lm.files import sync, write_sealed
 from lm.piece_packer import Job, PiecePacker, Stopped, finished
 from lm.shards import FORMAT, tokens_for, totals
@@ -26,11 +27,12 @@ class Packer:
 
     Args:
         state: what progress.json says, or would say at the start.
+        pieces: of the corpus, in order; a worker is told of one at a time, for the names of all may be many.
         job: what the workers are told.
     """
 
-    def __init__(self, folder: Path, state: dict[str, Any], job: Job):
-        self.folder, self.state, self.job = folder, state, job
+    def __init__(self, folder: Path, state: dict[str, Any], pieces: Sequence[Piece], job: Job):
+        self.folder, self.state, self.pieces, self.job = folder, state, pieces, job
         self.tokens = sum(shard["tokens"] for shard in state["shards"])
         self._known: dict[int, list[dict[str, Any]]] = {}  # finished shards by piece
         for shard in state["shards"]:
@@ -45,7 +47,7 @@ class Packer:
     @property
     def enough(self) -> bool:
         """Whether the published shards hold the blocks asked for, or all there is."""
-        return self.state["next"]["piece"] == len(self.job.pieces) or self._holds(self.tokens)
+        return self.state["next"]["piece"] == len(self.pieces) or self._holds(self.tokens)
 
     def _holds(self, tokens: float) -> bool:
         return self.target_tokens is not None and tokens >= self.target_tokens
@@ -104,7 +106,7 @@ class Packer:
                         if self.enough:
                             break
                     while coming is not None and len(running) < num_workers and self._is_needed(coming):
-                        running.add(pool.submit(_pack, coming, *self._begin(coming)))
+                        running.add(pool.submit(_pack, self.pieces[coming], coming, *self._begin(coming)))
                         coming = next(numbers, None)
                     if not running:
                         break
@@ -131,7 +133,7 @@ class Packer:
         shards = [self._shards(number) for number in range(piece)]
         tokens = [sum(shard["tokens"] for shard in found) for found in shards]
         done = [bool(found) and found[-1]["last"] for found in shards]
-        sizes = [self.job.pieces[number].size for number in range(piece)]
+        sizes = [self.pieces[number].size for number in range(piece)]
         size_done = sum(itertools.compress(sizes, done))
         density = sum(itertools.compress(tokens, done)) / size_done if size_done else 0.0
         return sum(t if end else max(t, density * size) for t, end, size in zip(tokens, done, sizes, strict=True))
@@ -149,7 +151,7 @@ class Packer:
     def missing(self) -> list[int]:
         """The pieces that are not finished, of those that are needed."""
         unfinished = []
-        for number in range(self.state["next"]["piece"], len(self.job.pieces)):
+        for number in range(self.state["next"]["piece"], len(self.pieces)):
             if not self._is_needed(number):
                 break
             if not any(shard["last"] for shard in self._shards(number)):
@@ -176,9 +178,9 @@ def _start(job: Job, done: Any, stop: Any) -> None:
     _worker = PiecePacker(job, done, stop)
 
 
-def _pack(number: int, shard: int, record: int) -> None:
+def _pack(piece: Piece, number: int, shard: int, record: int) -> None:
     with suppress(Stopped):
-        _worker.pack(number, shard, record)
+        _worker.pack(piece, number, shard, record)
 
 
 def new_state(header: dict[str, Any], held_out: dict[str, Any], files: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:

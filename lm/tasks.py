@@ -1,14 +1,16 @@
-"""lm-eval's multiple-choice tasks on one of our models, in process, and the log-likelihood of every choice.
+"""lm-eval's tasks on one of our models, in process: the log-likelihood of every choice of a question, and of texts.
 
 lm-eval 0.4.13 makes the prompts, its stock task files unchanged but for what TASKS says, and scores them. Online it fetches the
 rows from the hub. From a folder of rows (fetch_samples.py) nothing else is read: TASK/validation.jsonl, of which few-shot
-examples are drawn too (never the question itself), and mmlu/SUBJECT/{test,dev}.jsonl. Takes seconds to import.
+examples are drawn too (never the question itself), mmlu/SUBJECT/{test,dev}.jsonl, and of texts TASK/test.jsonl.
+
+After a chat template lm-eval scores the end of the assistant's line with the answer, since it takes white space that a prompt
+ends with to what follows: the same for all choices of a question, and in "num_tokens". Takes seconds to import.
 """
 
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,19 +19,20 @@ from typing import Any
 
 import datasets
 import lm_eval
-from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lm.args import check
 from lm.files import read_jsonl, sha256
+from lm.prompting import Prompting
 from lm.scorer import Scorer, quiet
-from lm.task_results import over_subjects, summary
+from lm.task_results import choice_summary, over_subjects
+from lm.task_rows import add_unconditional, choice_rows, document_rows, last_word_rows
+from lm.text_measures import text_summary
 
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 MADE_BY = "fetch_samples.py --parts tasks"
 FEWSHOT_SEED = 1234  # lm-eval's own default
-UNCONDITIONAL = "Answer:"  # what OLMES conditions choices on instead of the question
+LM_EVALS = ("acc", "acc_norm", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")  # kept beside ours
 CLOZE = {
     "doc_to_text": "Question: {{question.strip()}}\nAnswer:",
     "doc_to_choice": "{{choices.text}}",
@@ -62,6 +65,12 @@ TASKS = {
     "social_iqa": Benchmark("siqa/siqa.yaml", "acc_per_char"),
     "winogrande": Benchmark("winogrande/default.yaml", "acc_raw"),
 }
+TEXTS = {
+    "lambada_openai": Benchmark("lambada/lambada_openai.yaml", "acc"),
+    "wikitext": Benchmark("wikitext/wikitext.yaml", "word_perplexity"),
+}
+"""Texts whose likelihood is measured: they are no questions, and come without examples, template or instruction."""
+ALL_TASKS = TASKS | TEXTS
 
 
 @dataclass(frozen=True)
@@ -72,58 +81,84 @@ class Part:
     subject: str | None = None
 
     @property
+    def benchmark(self) -> Benchmark:
+        return ALL_TASKS[self.task]
+
+    @property
+    def is_text(self) -> bool:
+        return self.task in TEXTS
+
+    @property
     def name(self) -> str:
         return self.task if self.subject is None else f"{self.task}_{self.subject}"
 
     @property
     def stock(self) -> Path:
-        return STOCK / TASKS[self.task].file.format(self.subject)
+        return STOCK / self.benchmark.file.format(self.subject)
 
     def rows(self, folder: Path) -> dict[str, Path]:
-        """The files of rows by split, the one to evaluate first."""
+        """The files of rows by split, the one to evaluate first, the one with the examples last."""
         if self.subject is None:
-            return {"validation": folder / self.task / "validation.jsonl"}
+            split = "test" if self.is_text else "validation"
+            return {split: folder / self.task / f"{split}.jsonl"}
         return {split: folder / self.task / self.subject / f"{split}.jsonl" for split in ("test", "dev")}
 
 
-def parts_of(names: Sequence[str]) -> list[Part]:
-    """The parts of tasks. Raises: ValueError for each name that is no task, with near matches and the list of all."""
+def name_faults(names: Sequence[str]) -> list[str]:
+    """A line for each name that is no task, with near matches and the list of all."""
     faults = []
     for name in names:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
+        if name not in ALL_TASKS:
+            near = difflib.get_close_matches(name, ALL_TASKS, n=3, cutoff=0.5)
             meant = f" (did you mean {' or '.join(near)}?)" if near else ""
-            faults.append(f"--tasks {name!r} is no task{meant}: choose from {','.join(TASKS)}")
-    check(faults)
+            faults.append(f"--tasks {name!r} is no task{meant}: choose from {','.join(ALL_TASKS)}")
+    return faults
+
+
+def parts_of(names: Sequence[str]) -> list[Part]:
+    """The parts of tasks."""
     found = []
     for name in dict.fromkeys(names):
-        files = sorted(STOCK.glob(TASKS[name].file.format("*")))
+        files = sorted(STOCK.glob(ALL_TASKS[name].file.format("*")))
         subjects = [file.stem.removeprefix("mmlu_") for file in files] if name == "mmlu" else [None]
         found += [Part(name, subject) for subject in subjects]
     return found
 
 
 def rows_digest(parts: Sequence[Part], folder: Path) -> str:
-    """One SHA-256 of all rows. Raises: FileNotFoundError naming the first file that is not there."""
+    """One SHA-256 of all rows. Raises: FileNotFoundError naming the first file that is not there, or has no row."""
     files = [path for part in parts for path in part.rows(folder).values()]
-    if missing := [path for path in files if not path.is_file()]:
-        raise FileNotFoundError(
-            f"no {missing[0]} ({len(missing)} of {len(files)} files are missing): run {MADE_BY}, or leave out --rows to fetch"
-            " the tasks from the hub"
-        )
+    if missing := [path for path in files if not path.is_file() or not path.stat().st_size]:
+        hub = "leave out --rows to fetch the tasks from the hub"
+        remedy = f"run {MADE_BY}, or {hub}" if missing[0].parent.name != "wikitext" else f"no package has these rows, {hub}"
+        raise FileNotFoundError(f"no {missing[0]} ({len(missing)} of {len(files)} files are missing or empty): {remedy}")
     return hashlib.sha256(json.dumps([sha256(path) for path in files]).encode()).hexdigest()
+
+
+def example_faults(parts: Sequence[Part], folder: Path, num_fewshot: int) -> list[str]:
+    """A line for each task whose rows are too few for so many examples beside the question."""
+    faults = []
+    for part in parts:
+        if num_fewshot and not part.is_text:
+            *_, file = part.rows(folder).values()
+            others = file.read_bytes().count(b"\n") - (part.subject is None)
+            if others < num_fewshot:
+                faults.append(f"--num_fewshot {num_fewshot}, and {file} has {others} rows for it: pass fewer")
+    return faults
 
 
 def load_task(part: Part, folder: Path | None) -> ConfigurableTask:
     """lm-eval's task with its prompts, on the rows of `folder`, or of the hub if that is None."""
-    config = load_yaml(part.stock) | TASKS[part.task].changes
+    config = load_yaml(part.stock) | part.benchmark.changes
     config.pop("tag", None)
     if folder is not None:
         files = part.rows(folder)
         config["custom_dataset"] = lambda **_: {
             split: datasets.Dataset.from_list(read_jsonl(path, MADE_BY)) for split, path in files.items()
         }
-        if part.subject is None:
+        if part.is_text:
+            config |= {"training_split": None, "validation_split": None}
+        elif part.subject is None:
             # As "test" too: only if they are of one split does lm-eval keep a question out of its own examples.
             config |= {"training_split": None, "validation_split": None}
             config |= {"test_split": "validation", "fewshot_split": "validation"}
@@ -131,86 +166,57 @@ def load_task(part: Part, folder: Path | None) -> ConfigurableTask:
 
 
 def measure_tasks(
-    scorer: Scorer, parts: Sequence[Part], folder: Path | None, num_fewshot: int, limit: int | None
+    scorer: Scorer, parts: Sequence[Part], folder: Path | None, prompting: Prompting, limit: int | None
 ) -> tuple[dict[str, dict], list[dict]]:
     """{task: its summary} and a row for each question, as lm/task_results.py describes them.
 
     Raises: RuntimeError if a log-likelihood is not finite; ValueError if rows are not those of the task.
     """
+    summaries, rows = {}, []
     with quiet():
         tasks = {part: load_task(part, folder) for part in parts}
-        for task in tasks.values():
-            task.set_config("num_fewshot", num_fewshot)
-            task.set_fewshot_seed(FEWSHOT_SEED)
-        # Not simple_evaluate, which is this and seconds of asking pip and the compiler for their versions.
-        named = {task.task_name: task for task in tasks.values()}
-        results = lm_eval.evaluate(scorer, {"tasks": named}, limit=limit, bootstrap_iters=0)
-        rows = {part: rows_of(part, task, results["samples"][task.task_name], scorer) for part, task in tasks.items()}
-        for part in parts:
-            if TASKS[part.task].primary == "acc_uncond":
-                add_unconditional(rows[part], tasks[part], results["samples"][tasks[part].task_name], scorer)
-    summaries = {}
-    for part, task in tasks.items():
-        lm_evals = {name: results["results"][task.task_name].get(f"{name},none") for name in ("acc", "acc_norm")}
-        found = summary(rows[part], TASKS[part.task].primary)
-        found |= {"split": task.config.test_split or task.config.validation_split}
-        found |= {"lm_eval": {name: value for name, value in lm_evals.items() if value is not None}}
-        summaries.setdefault(part.task, {})[part.subject] = found
+        results, samples = _evaluate(scorer, tasks, prompting, limit)
+        for part, task in tasks.items():
+            own = _rows_of(part, task, samples[task.task_name], scorer, prompting)
+            lm_evals = {name: results[task.task_name].get(f"{name},none") for name in LM_EVALS}
+            if part.is_text:
+                found = text_summary(own, part.benchmark.primary, len(scorer.tokenizer))
+            else:
+                found = choice_summary(own, part.benchmark.primary)
+            found |= {"split": task.config.test_split or task.config.validation_split}
+            found |= {"lm_eval": {name: value for name, value in lm_evals.items() if value is not None}}
+            summaries.setdefault(part.task, {})[part.subject] = found
+            rows += own
     merged = {name: of[None] if None in of else over_subjects(of) for name, of in summaries.items()}
-    return (
-        {name: {"primary": TASKS[name].primary, **found} for name, found in merged.items()},
-        [row for part in parts for row in rows[part]],
-    )
+    return {name: {"primary": ALL_TASKS[name].primary, **found} for name, found in merged.items()}, rows
 
 
-def rows_of(part: Part, task: ConfigurableTask, samples: Sequence[dict], scorer: Scorer) -> list[dict]:
-    """A row for each question, without the unconditional log-likelihoods.
+def _evaluate(
+    scorer: Scorer, tasks: dict[Part, ConfigurableTask], prompting: Prompting, limit: int | None
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """lm-eval's results and samples of each task; texts are never put as questions."""
+    results, samples = {}, {}
+    for is_text, how in ((False, prompting), (True, Prompting())):
+        named = {task.task_name: task for part, task in tasks.items() if part.is_text == is_text}
+        for task in named.values():
+            task.set_config("num_fewshot", how.num_fewshot)
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        if named:
+            # Not simple_evaluate, which is this and seconds of asking pip and the compiler for their versions.
+            found = lm_eval.evaluate(scorer, {"tasks": named}, limit=limit, bootstrap_iters=0, **how.options())
+            results |= found["results"]
+            samples |= found["samples"]
+    return results, samples
 
-    Where the choices are contexts (WinoGrande), what is scored, and so its length, is the continuation that they share.
-    """
-    rows = []
-    for sample in samples:
-        choices = task.doc_to_choice(sample["doc"])
-        right = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
-        scored = [task.doc_to_target(sample["doc"])] * len(choices) if task.multiple_input else choices
-        if not isinstance(right, int) or not 0 <= right < len(choices) or not all(scored):
-            raise ValueError(
-                f"{part.name} document {sample['doc_id']} has the choices {scored!r:.200}, of which {right!r:.40} is right,"
-                f" texts and the index of one are needed: make the rows again with {MADE_BY}"
-            )
-        log_likelihoods = [float(answer[0]) for answer in sample["filtered_resps"]]
-        if not all(map(math.isfinite, log_likelihoods)):
-            raise RuntimeError(
-                f"{part.name} document {sample['doc_id']} has the log-likelihoods {log_likelihoods}, finite ones are needed:"
-                " the weights are damaged, or try --precision fp32"
-            )
-        keys = [tuple(arguments) for arguments in sample["arguments"]]
-        rows.append(
-            {
-                "task": part.task,
-                **({} if part.subject is None else {"subject": part.subject}),
-                "doc_id": sample["doc_id"],
-                "right": right,
-                "log_likelihoods": log_likelihoods,
-                "num_chars": [len(text) for text in scored],
-                "num_tokens": [scorer.num_tokens[key] for key in keys],
-                "unconditional": None,
-                "cut": any(key in scorer.cut for key in keys),
-            }
-        )
+
+def _rows_of(part: Part, task: ConfigurableTask, samples: Sequence[dict], scorer: Scorer, prompting: Prompting) -> list[dict]:
+    name = {"task": part.task} if part.subject is None else {"task": part.task, "subject": part.subject}
+    if part.is_text:
+        return (document_rows if task.OUTPUT_TYPE == "loglikelihood_rolling" else last_word_rows)(name, samples, scorer)
+    rows = choice_rows(name, task, samples, scorer, MADE_BY)
+    if part.benchmark.primary == "acc_uncond":
+        add_unconditional(rows, task, samples, scorer, prompting.apply_chat_template)
     return rows
-
-
-def add_unconditional(rows: Sequence[dict], task: ConfigurableTask, samples: Sequence[dict], scorer: Scorer) -> None:
-    """Put log P(choice | "Answer:") into the rows; a choice that occurs more than once is scored once."""
-    choices = [task.doc_to_choice(sample["doc"]) for sample in samples]
-    unique = list(dict.fromkeys(choice for of_one in choices for choice in of_one))
-    delimiter = task.config.target_delimiter
-    requests = [Instance("loglikelihood", {}, (UNCONDITIONAL, f"{delimiter}{choice}"), 0) for choice in unique]
-    answers = scorer.loglikelihood(requests)
-    known = {choice: float(answer[0]) for choice, answer in zip(unique, answers, strict=True)}
-    for row, of_one in zip(rows, choices, strict=True):
-        row["unconditional"] = [known[choice] for choice in of_one]
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,9 @@ are looked up in a table, so documents are encoded by both and compared: a sampl
 processes import this.
 """
 
+import importlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lm.characters import CharacterTable, simplify
+
+MOST_GROWTH = 2**29  # bytes of a process, after which gigatoken is loaded anew
 
 # Whatever a tokenizer does to a text, one of these shows it.
 TRIED = (
@@ -73,10 +77,21 @@ class TextEncoder:
 
 
 class _Gigatoken:
-    """gigatoken's tokenizer, one text after another."""
+    """gigatoken's tokenizer, one text after another.
 
-    def __init__(self, tokenizer: Any):
-        self.name, self._tokenizer = f"gigatoken {version('gigatoken')}", tokenizer
+    It keeps every word that it has met (some 90 bytes each), so it is loaded anew, in a second, when memory has grown much.
+    """
+
+    def __init__(self, rules: str):
+        self.name, self._rules = f"gigatoken {version('gigatoken')}", rules
+        self._load()
+
+    def _load(self) -> None:
+        import gigatoken
+
+        self._tokenizer: Any = None  # free the one before first
+        self._tokenizer = gigatoken.Tokenizer.from_json(self._rules)
+        self._resident = resident_bytes()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts (uint32), and where each text's end (int64)."""
@@ -84,7 +99,16 @@ class _Gigatoken:
 
         found = self._tokenizer.encode_batch(list(texts), parallel=False)
         ends = np.cumsum(ak.to_numpy(ak.num(found)), dtype=np.int64)
-        return np.asarray(ak.to_numpy(ak.flatten(found)), np.uint32), ends
+        ids = np.asarray(ak.to_numpy(ak.flatten(found)), np.uint32)
+        if resident_bytes() - self._resident > MOST_GROWTH:
+            self._load()
+        return ids, ends
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def _load_fast(tokenizer_json: str) -> tuple[CharacterTable | _Gigatoken | None, str | None]:
@@ -92,7 +116,7 @@ def _load_fast(tokenizer_json: str) -> tuple[CharacterTable | _Gigatoken | None,
     if CharacterTable.is_for(tokenizer_json):
         return CharacterTable(), None
     try:
-        import gigatoken
+        importlib.import_module("gigatoken")
     except ImportError as error:
         return None, f"gigatoken is not installed ({error})"
     rules = json.loads(tokenizer_json)
@@ -100,7 +124,7 @@ def _load_fast(tokenizer_json: str) -> tuple[CharacterTable | _Gigatoken | None,
     rules["added_tokens"] = [token for token in rules.get("added_tokens") or [] if not token["special"]]
     rules["post_processor"] = None
     try:
-        return _Gigatoken(gigatoken.Tokenizer.from_json(json.dumps(rules))), None
+        return _Gigatoken(json.dumps(rules)), None
     except Exception as error:  # whatever a Rust library raises for what it does not know
         return None, f"gigatoken does not load it ({str(error).splitlines()[0]:.200})"
 

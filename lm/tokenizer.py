@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from lm.files import write_json
+
 # What decides the ids of a text. Left out: truncation and padding (the state of the last call), and post-processor and
 # decoder, which only add template tokens and turn ids back into text, and which transformers' classes rewrite.
 _DECIDES_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
@@ -51,10 +53,17 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a tokenizer, without what only tells how it was loaded."""
+    """Write a tokenizer, without what only tells how it was loaded, and with the table of special tokens.
+
+    transformers 5 has that table in tokenizer_config.json alone; version 4, and tools written for it, look for the file.
+    """
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    if tokenizer.extra_special_tokens:
+        special["additional_special_tokens"] = [str(token) for token in tokenizer.extra_special_tokens]
+    write_json(Path(folder) / "special_tokens_map.json", special)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -755,11 +755,19 @@ def test_a_piece_is_packed_by_one_process_at_a_time(args, small_pieces):
     assert content(args.folder) == before
 
 
-def job(tmp_path, files, **changes) -> lm.piece_packer.Job:
-    """One piece of some files, for a worker."""
+def piece_of(*files) -> lm.documents.Piece:
+    return lm.documents.Piece(tuple(map(str, files)), 1)
+
+
+def job(tmp_path, **changes) -> lm.piece_packer.Job:
+    """What a worker is told."""
     encoder = byte_level_bpe(300)
-    values = {"partial": tmp_path / "partial", "pieces": [lm.documents.Piece(tuple(map(str, files)), 1)]}
-    values |= {"reading": lm.documents.Reading(), "tokenizer_json": encoder.backend_tokenizer.to_str(), "vocab_size": 300}
+    values = {
+        "partial": tmp_path / "partial",
+        "reading": lm.documents.Reading(),
+        "tokenizer_json": encoder.backend_tokenizer.to_str(),
+        "vocab_size": 300,
+    }
     values |= {"eos_token_id": 0, "dtype": np.dtype("<u2"), "shard_tokens": 10**6, "compare_all": False}
     return lm.piece_packer.Job(**values | {"skip_bad_documents": False} | changes)
 
@@ -780,27 +788,27 @@ def test_a_network_that_fails_is_tried_five_times(tmp_path, monkeypatch, failure
     monkeypatch.setattr(lm.piece_packer.PiecePacker, "_pack", fail)
     monkeypatch.setattr(lm.piece_packer.time, "sleep", slept.append)
     if packed:
-        worker(job(tmp_path, ["hf://datasets/a/b.jsonl"])).pack(0, 0, 0)
+        worker(job(tmp_path)).pack(piece_of("hf://datasets/a/b.jsonl"), 0, 0, 0)
     else:
         with pytest.raises(ConnectionError):
-            worker(job(tmp_path, ["hf://datasets/a/b.jsonl"])).pack(0, 0, 0)
+            worker(job(tmp_path)).pack(piece_of("hf://datasets/a/b.jsonl"), 0, 0, 0)
     assert (len(calls), slept) == (5, [2, 4, 8, 16])
     calls.clear()
     with pytest.raises(ConnectionError):  # a file that is here is read once
-        worker(job(tmp_path, ["here.jsonl"])).pack(0, 0, 0)
+        worker(job(tmp_path)).pack(piece_of("here.jsonl"), 0, 0, 0)
     assert len(calls) == 1
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:50]))
-    of = job(tmp_path, [tmp_path / "a.jsonl"])
-    worker(of).pack(0, 0, 0)
+    of, piece = job(tmp_path), piece_of(tmp_path / "a.jsonl")
+    worker(of).pack(piece, 0, 0, 0)
     largest = int(np.fromfile(tmp_path / "partial/00000/0000.bin", "<u2").max())
     shutil.rmtree(tmp_path / "partial")
-    worker(replace(of, vocab_size=largest + 1)).pack(0, 0, 0)
+    worker(replace(of, vocab_size=largest + 1)).pack(piece, 0, 0, 0)
     shutil.rmtree(tmp_path / "partial")
     with pytest.raises(ValueError, match=rf"the tokenizer gave id {largest}, it has {largest} tokens: take another tokenizer"):
-        worker(replace(of, vocab_size=largest)).pack(0, 0, 0)
+        worker(replace(of, vocab_size=largest)).pack(piece, 0, 0, 0)
 
 
 # What is compared, who packs what, and the network
@@ -837,7 +845,7 @@ def test_a_piece_on_the_hub_goes_on_at_its_last_whole_shard_when_the_network_fai
     monkeypatch.setattr(lm.piece_packer, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(lm.piece_packer.time, "sleep", waits.append)
     in_order = lm.documents.Reading(shuffle_window=0)
-    worker(job(tmp_path, ["hf://datasets/a/b@c/0.jsonl"], reading=in_order, shard_tokens=1)).pack(0, 0, 0)
+    worker(job(tmp_path, reading=in_order, shard_tokens=1)).pack(piece_of("hf://datasets/a/b@c/0.jsonl"), 0, 0, 0)
     assert tries == [0, 4, 8]  # from the last whole shard on; the batch after it was being read
     assert waits == [2, 4]
     entries = [read_json(path, "")["shard"] for path in sorted((tmp_path / "partial/00000").glob("*.json"))]
@@ -855,7 +863,7 @@ def test_a_pack_grows_in_the_middle_of_a_piece_without_packing_its_beginning_aga
     begun, pack = [], lm.piece_packer.PiecePacker.pack
     monkeypatch.setattr(lm.piece_packer.PiecePacker, "pack", lambda self, *where: begun.append(where) or pack(self, *where))
     main(args)
-    assert begun == [(0, following["shard"], following["record"])]
+    assert [where[1:] for where in begun] == [(0, following["shard"], following["record"])]
     whole = replace(args, output_dir=str(tmp_path / "whole"))
     main(whole)
     assert content(args.folder) == content(whole.folder)
@@ -865,7 +873,7 @@ def test_a_pack_grows_in_the_middle_of_a_piece_without_packing_its_beginning_aga
 def test_the_last_block_needs_a_token_more(tmp_path, tokens, enough):
     state = lm.packer.new_state({"seq_len": 64}, {"first_record": 0}, {}, {}) | {"target_blocks": 100}
     state["shards"] = [{"piece": 0, "tokens": tokens}]
-    assert lm.packer.Packer(tmp_path, state, job(tmp_path, ["a.jsonl"])).enough == enough
+    assert lm.packer.Packer(tmp_path, state, [piece_of("a.jsonl")], job(tmp_path)).enough == enough
 
 
 def test_a_pack_that_finishes_between_two_looks_is_found(args, small_pieces, monkeypatch):
@@ -898,10 +906,10 @@ def test_once_there_is_enough_the_workers_stop_and_leave_no_piece_of_a_shard(arg
     main(replace(args, total_steps=10, effective_batch=8))
     assert [stop.value for stop in stops] == [1]
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:9]))
-    one = worker(job(tmp_path, [tmp_path / "a.jsonl"]))
+    one = worker(job(tmp_path))
     one.stop.value = 1
     with pytest.raises(lm.piece_packer.Stopped):
-        one.pack(0, 0, 0)
+        one.pack(piece_of(tmp_path / "a.jsonl"), 0, 0, 0)
     assert [path.name for path in (tmp_path / "partial/00000").iterdir()] == ["lock"]
 
 

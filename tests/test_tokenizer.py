@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,11 +19,9 @@ def neox(neox_tokenizer_dir) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> PreTrainedTokenizerFast:
+def small() -> PreTrainedTokenizerFast:
     """A tokenizer made like NeoX's, small enough to be rebuilt many times."""
-    text = tmp_path_factory.mktemp("small") / "words.txt"
-    text.write_text("Hello the tokens of the text, the same text and the other\n" * 5)
-    tokenizer = train_tokenizer.train([text], 300, Counter())
+    tokenizer = train_tokenizer.train(iter(["Hello the tokens of the text, the same text and the other\n"] * 5), 300)
     tokenizer.add_tokens(["   ", "  "])
     return tokenizer
 
