@@ -46,9 +46,9 @@ if [ $((batch % (processes * device_batch))) != 0 ]; then
         "--device_batch" >&2
     exit 2
 fi
-precision=bf16 divided=() sft_lr=3e-4
+precision=bf16 divided=() sft_lr=3e-4 few=()
 case $size in
-tiny) precision=fp32 sft_lr=2e-3 ;;
+tiny) precision=fp32 sft_lr=2e-3 few=(--limit 300) ;; # questions of each task
 1b | 3b) divided=(--fsdp full_shard --grad_checkpoint) ;;
 esac
 if [ "$size" = tiny ]; then
@@ -74,9 +74,10 @@ launch() { # a trainer and its arguments, on every process
     if [ "$processes" = 1 ]; then
         python "$@"
     else
-        [ "$gpus" -gt 0 ] || export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
-        accelerate launch --multi_gpu --num_machines 1 --num_processes "$processes" --mixed_precision no --dynamo_backend no \
-            --main_process_port 0 "$@"
+        local on_cpu=()
+        [ "$gpus" -gt 0 ] || on_cpu=(ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1)
+        env "${on_cpu[@]}" accelerate launch --multi_gpu --num_machines 1 --num_processes "$processes" --mixed_precision no \
+            --dynamo_backend no --main_process_port 0 "$@"
     fi
 }
 
@@ -108,7 +109,7 @@ wait $packing || { tail -n 5 "$out/pack.log" >&2; exit 1; }
 stage chat launch sft.py "$out/pretrain" --data "$chat" --output_dir "$out/chat" --seq_len $seq_len \
     --micro_batch "$device_batch" --lr $sft_lr --precision $precision "${divided[@]}"
 [ -e "$out/exported/manifest.json" ] || stage export python export_model.py "$out/chat" --output_dir "$out/exported"
-stage evaluate bash scripts/run_lm_eval_psann.sh "$out/chat" --tasks "$tasks" --apply_chat_template "${own_rows[@]}"
+stage evaluate bash scripts/run_lm_eval_psann.sh "$out/chat" --tasks "$tasks" --apply_chat_template "${own_rows[@]}" "${few[@]}"
 for question in "Hello! How are you?" "What do you like to eat?" "Tell me about your day."; do
     printf '\n> %s\n' "$question"
     python chat.py "$out/exported" --prompt "$question" --max_new_tokens 60
