@@ -23,7 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is alone with one of them in the end."""
-    longest = [f"test_{name}.py" for name in ("scripts", "slurm", "faults", "train", "pptrain", "pretrain", "ledger", "ladder")]
+    names = "scripts faults slurm train fsdp clean_corpus sft pptrain pretrain ledger ladder"
+    longest = [f"test_{name}.py" for name in names.split()]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

@@ -95,3 +95,55 @@ def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, co
     assert again.count("has just this already") == 7
     assert again.count("nothing to do") == 6, "samples, two tokenizers, papers, held-out examples, packed text"
     assert again.splitlines()[-1] == first.splitlines()[-1]
+
+
+def few_lines(source: Path, copy: Path, count: int) -> Path:
+    """The first lines of a file, in another."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text("".join(source.read_text().splitlines(keepends=True)[:count]))
+    return copy
+
+
+def test_raw_text_becomes_a_chat_model_in_one_command_that_goes_on_where_it_was_stopped(samples, committed, tmp_path):
+    texts = [few_lines(samples / name / "train.jsonl", tmp_path / f"{name}.jsonl", 400) for name in ("pubmed", "bible")]
+    (tmp_path / "texts.txt").write_text("".join(f"{path}\n" for path in texts))
+    chats = few_lines(samples / "conversations/train.jsonl", tmp_path / "train.jsonl", 200)
+    few_lines(samples / "conversations/validation.jsonl", tmp_path / "validation.jsonl", 20)
+    few_lines(samples / "tasks/piqa/validation.jsonl", tmp_path / "rows/piqa/validation.jsonl", 20)
+    out = tmp_path / "psann"
+    command = ["bash", str(committed / "scripts/train_psann_lm.sh"), "--size", "tiny", "--tokens", "163_840", "--out", str(out)]
+    command += ["--data_manifest", str(tmp_path / "texts.txt"), "--chat_data", str(chats), "--rows", str(tmp_path / "rows")]
+    command += ["--eval_decontaminate", "piqa", "--tasks", "piqa"]
+    with open(tmp_path / "out", "w") as said:
+        first = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+    wait_for_step(out / "pretrain", 20, first, tmp_path / "out")
+    os.killpg(first.pid, signal.SIGTERM)
+    assert first.wait(timeout=60) != 0
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert [event["event"] for event in events(out / "pretrain")] == ["started", "stopped", "resumed", "finished"]
+    assert again.stdout.count("\n> ") == 3, "questions, each with a reply"
+    results = json.loads((out / "chat/results.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"] - 0.5
+    assert json.loads((out / "chat/evaluation/final_tasks_chat.json").read_text())["tasks"].keys() == {"piqa"}
+    assert {"config.json", "psann.py", "chat_template.jinja", "README.md"} <= {
+        path.name for path in (out / "exported").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "7b"], "--size '7b' is none of tiny, 125m, 300m, 1b, 3b: pass one"),
+        (["--size", "3b"], "--size 3b needs --data_manifest, a file of paths: pass it"),
+        (["--size", "tiny", "--processes", "3"], "a step has 16 rows, which 3 processes x 8 rows do not divide"),
+        (["--size", "tiny", "--shards", "x"], "no option --shards"),
+        (["--size"], "--size has no value"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_said_before_anything_is_done(options, said, tmp_path):
+    command = ["bash", str(ROOT / "scripts/train_psann_lm.sh"), "--out", str(tmp_path / "out"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()

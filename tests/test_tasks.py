@@ -26,7 +26,7 @@ from lm.prompting import Prompting
 from lm.scorer import Scorer
 from lm.task_results import choices_of, read_record, read_tasks
 from lm.tasks import STOCK, TASKS, TEXTS, measure_tasks, parts_of
-from lm.tokenizer import encode_documents
+from lm.tokenizer import encode_documents, special_ids
 from train_tokenizer import train
 
 ROOT = Path(__file__).parents[1]
@@ -432,6 +432,16 @@ def chat_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def psann_folder(tmp_path_factory) -> Path:
+    """A chat model of a class that transformers does not have."""
+    folder = tmp_path_factory.mktemp("psann")
+    torch.manual_seed(0)
+    build_model("psann-tiny", len(CHAT), 2048, special_ids(CHAT)).save_pretrained(folder)
+    CHAT.save_pretrained(folder)
+    return folder
+
+
 def evaluate(folder: Path, rows: Path, out: Path, *command: object) -> None:
     words = ("tasks", folder, "--rows", rows, "--output_dir", out, "--limit", 6, "--force_cpu", *command)
     main([str(word) for word in words])
@@ -549,8 +559,11 @@ STOCK_TASKS = {"hellaswag": "hellaswag/hellaswag", "winogrande": "winogrande/def
 STOCK_TASKS |= {"lambada_openai": "lambada/lambada_openai"}
 
 
-def test_lm_eval_s_own_command_gives_the_same_scores(chat_folder, rows, tmp_path):
-    """`lm_eval run --model hf --model_args pretrained=FOLDER` on the same rows, plain and as a chat of several turns."""
+def test_lm_eval_s_own_command_gives_the_same_scores(psann_folder, rows, tmp_path):
+    """`lm_eval run --model hf --model_args pretrained=FOLDER` on the same rows, plain and as a chat of several turns.
+
+    The class of the model comes out of its folder: nothing of this repository is imported there.
+    """
     for task, stock in STOCK_TASKS.items():
         split = "test" if task in TEXTS else "validation"
         lines = [
@@ -575,7 +588,7 @@ def test_lm_eval_s_own_command_gives_the_same_scores(chat_folder, rows, tmp_path
         "--model",
         "hf",
         "--model_args",
-        f"pretrained={chat_folder},trust_remote_code=True",
+        f"pretrained={psann_folder},trust_remote_code=True",
         "--limit",
         "6",
     ]
@@ -588,11 +601,13 @@ def test_lm_eval_s_own_command_gives_the_same_scores(chat_folder, rows, tmp_path
         "for sys.argv in json.loads(sys.argv[1]): cli_evaluate()"
     )
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(commands)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for name, options in ways.items():
         tasks = ",".join(STOCK_TASKS) if not name else questions.replace("_here", "")
-        evaluate(chat_folder, rows, tmp_path / "ours", "--tasks", tasks, *options[1:])
+        evaluate(psann_folder, rows, tmp_path / "ours", "--tasks", tasks, *options[1:])
         record = read_record(tmp_path / f"ours/model_tasks{name}.json")
         items = [json.loads(line) for line in (tmp_path / f"ours/model_tasks{name}.jsonl").read_text().splitlines()]
         (results,) = (tmp_path / f"stock{name}").rglob("results_*.json")
