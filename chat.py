@@ -11,6 +11,7 @@ Writes  replies to standard output; remarks to standard error
 """
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -59,7 +60,11 @@ class Args:
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
-        found = below(self, 1, "max_new_tokens") + below(self, 0, "temperature", "top_k", "seed")
+        found = below(self, 1, "max_new_tokens") + below(self, 0, "top_k", "seed")
+        if self.seed >= 2**63:
+            found.append(f"--seed {self.seed}: less than 2**63 is needed")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            found.append(f"--temperature {self.temperature}: 0, or a number from 0.01 to 100, is needed")
         return found + outside_0_to_1(self, "top_p") + not_positive(self, "top_p")
 
 
@@ -88,8 +93,8 @@ class Printer(BaseStreamer):
         return self.tokenizer.decode(self._ids or [], skip_special_tokens=True)
 
     def _show(self, text: str) -> None:
-        print(text[len(self.text) :], end="", flush=True)
-        self.text = text
+        new, self.text = text[len(self.text) :], text  # before it is printed: Ctrl-C may come between
+        print(new, end="", flush=True)
 
 
 class Talk:
@@ -133,7 +138,9 @@ class Talk:
         except KeyboardInterrupt:
             printer.end()
         # A control token that the model has spelled out, piece by piece, would be one in the next prompt.
-        content = self.token.sub("", printer.text)
+        content = printer.text
+        while self.token.search(content):  # one that is taken out may leave another
+            content = self.token.sub("", content)
         self.messages = [*kept, {"role": "assistant", "content": content}]
         return printer.text
 
@@ -161,8 +168,10 @@ def obey(talk: Talk, line: str) -> bool:
     return True
 
 
-def converse(talk: Talk) -> None:
-    """Answer line after line until there is none."""
+def converse(talk: Talk) -> int:
+    """Answer line after line until there is none; 1 if a line of a pipe was refused, else 0."""
+    refused = False
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are then a fault of their line alone
     asked = "> " if sys.stdin.isatty() else ""
     if asked:
         with contextlib.suppress(ImportError):
@@ -171,23 +180,28 @@ def converse(talk: Talk) -> None:
     while True:
         try:
             if not obey(talk, input(asked)):
-                return
+                break
         except EOFError:
-            return
+            break
         except KeyboardInterrupt:  # while nothing was being answered
             print("\n(Ctrl-D or /quit ends)", file=sys.stderr)
         except ValueError as error:
             print(error, file=sys.stderr)
+            refused = True
+    return int(refused and not asked)
 
 
-def main(args: Args) -> None:
-    """Answer --prompt, or whatever is typed."""
+def main(args: Args) -> int:
+    """Answer --prompt, or whatever is typed; returns the exit code."""
     talk = Talk(args)
     if args.prompt is None:
-        converse(talk)
-    else:
-        talk.answer(args.prompt)
+        return converse(talk)
+    talk.answer(args.prompt)
+    return 0
 
 
 if __name__ == "__main__":
-    main(parse(Args))
+    try:
+        sys.exit(main(parse(Args)))
+    except BrokenPipeError:  # whoever reads has had enough
+        os._exit(0)

@@ -25,15 +25,17 @@ from typing import Any, Literal
 from lm.args import below, check, outside_0_to_1, parse
 from lm.cleaning import MADE_BY, Job, Steps
 from lm.cleaning_local import run_locally
-from lm.cleaning_report import FORMAT, table, tidy
+from lm.cleaning_report import FORMAT, SUBMITTED, table, tidy
 from lm.cleaning_stages import prepare
 from lm.contamination import Evaluation, chosen_tasks
 from lm.corpus import File, digest, find_files, read_manifest
 from lm.documents import Reading, cut
-from lm.files import listed, locked, read_json, read_sealed, write_sealed
+from lm.files import listed, locked, read_json, read_sealed, write_json, write_sealed
 from lm.paper_writer import refuse_other
 from lm.records import TextUnit
 from lm.sources import disk_full
+
+UNSPACED = ("zh", "ja", "th", "lo", "km", "my", "bo")  # languages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Args:
     rows: Path | None = None
     """Folder of the rows of tasks (fetch_samples.py --parts tasks); without it they come from the hub."""
     eval_documents: tuple[str, ...] = ()
-    """Files, folders or patterns of other texts that must not be in a document."""
+    """Files, folders or patterns of other texts that must not be in a document; of a text file, each of its lines."""
 
     compression: Literal["zst", "gz"] = "zst"
     """Of the parts."""
@@ -98,6 +100,8 @@ class Args:
     """SLURM's time limit of a task."""
     sbatch: tuple[str, ...] = ()
     """Other options of sbatch, as name=value."""
+    resubmit: bool = False
+    """Submit again what has been submitted and is not finished; its jobs must be gone from the queue."""
 
     @property
     def steps(self) -> Steps:
@@ -123,6 +127,13 @@ class Args:
             found.append("--documents or --eval_documents has an empty name: is a variable of the shell not set?")
         if self.language not in ("", "en") and self.gopher:
             found.append(f"--language {self.language}, and Gopher's rules want English stop words: pass --no_gopher too")
+        if self.language in UNSPACED and (self.minhash or self.eval_decontaminate or self.eval_documents):
+            found.append(
+                f"--language {self.language} has no spaces between words, by which near-duplicates and rows of evaluations are"
+                " found: pass --no_minhash, and leave --eval_* out"
+            )
+        if self.eval_decontaminate and not chosen_tasks(self.eval_decontaminate):
+            found.append(f"--eval_decontaminate {self.eval_decontaminate!r} names no task: is a variable of the shell not set?")
         if self.rows and not self.eval_decontaminate:
             found.append(f"--rows {self.rows} without --eval_decontaminate: pass the tasks whose rows are meant")
         if self.executor == "slurm" and not self.partition:
@@ -157,7 +168,9 @@ def job_of(args: Args) -> tuple[Job, dict[str, Any]]:
     if args.eval_documents:
         against = tried(faults, lambda: find_files(args.eval_documents))
     inside = [file.name for file in files if Path(file.name).resolve().is_relative_to(args.output_dir.resolve())]
-    if inside:
+    if not args.manifest:  # a folder that is searched may hold what is made of it
+        files = [file for file in files if file.name not in inside]
+    if inside and (args.manifest or not files):
         faults.append(f"{inside[0]} is in --output_dir {args.output_dir}, which is for what is made of it: pass another folder")
     tasks = chosen_tasks(args.eval_decontaminate)
     evaluation = Evaluation(tasks, args.rows, tuple(against), args.text_column)
@@ -194,6 +207,8 @@ def begin(folder: Path, header: dict[str, Any]) -> bool:
     Raises: ValueError if it holds another corpus, or something else, or what was finished has changed.
     """
     finished = (folder / "meta.json").exists()
+    if finished and (there := read_json(folder / "meta.json", MADE_BY).get("format")) != FORMAT:
+        raise ValueError(f"{folder}/meta.json has format {there!r:.80}, {FORMAT!r} is needed: pass another --output_dir")
     if finished or (folder / "progress.json").exists():
         known = read_sealed(folder / ("meta.json" if finished else "progress.json"), MADE_BY, FORMAT)
         refuse_other(known["header"], header, folder)
@@ -230,12 +245,19 @@ def clean(args: Args) -> None:
         if begin(args.output_dir, header):
             print(f"{args.output_dir} is finished, nothing to do")
             return show(args.output_dir)
+        submitted = args.output_dir / SUBMITTED
+        if submitted.exists() and not args.resubmit:
+            jobs = " ".join(read_json(submitted, MADE_BY)["jobs"])
+            raise ValueError(
+                f"{args.output_dir} was submitted as the SLURM jobs {jobs}: wait for them, or scancel and --resubmit"
+            )
         prepare(job)
         if args.executor == "slurm":
             from lm.cleaning_slurm import submit
 
-            submit(job, args.tasks, args.partition, args.time, dict(option.split("=", 1) for option in args.sbatch))
-            print(f"submitted; {args.output_dir}/meta.json is there when all is done, and the same command shows the result")
+            jobs = submit(job, args.tasks, args.partition, args.time, dict(option.split("=", 1) for option in args.sbatch))
+            write_json(submitted, {"jobs": jobs})
+            print(f"submitted as {' '.join(jobs)}; when {args.output_dir}/meta.json is there the same command shows the result")
             return
         run_locally(job, args.num_workers)
     show(args.output_dir)

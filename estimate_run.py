@@ -49,13 +49,17 @@ class Args:
     """As for pretrain.py."""
     device_gib: float | None = None
     """Memory of a GPU; by default it is for the device of this machine."""
+    host_gib: float | None = None
+    """Memory of a machine; by default what is free on this one, or, with --device_gib, as much as is needed."""
     tflops: float | None = None
     """Speed of a device in a product of large matrices, in 10^12 operations a second; by default it is tried here."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = below(self, 1, "vocab_size", "seq_len", "micro_batch", "tokens", "num_processes", "processes_per_node")
-        return found + not_positive(self, "device_gib", "tflops")
+        if (self.device_gib is None) != (self.tflops is None):
+            found.append(f"--device_gib {self.device_gib} and --tflops {self.tflops}: of another machine's device pass both")
+        return found + not_positive(self, "device_gib", "tflops", "host_gib")
 
 
 def main(args: Args) -> int:
@@ -76,6 +80,7 @@ def main(args: Args) -> int:
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         device_bytes=args.device_gib and args.device_gib * 2**30,
         operations_per_sec=args.tflops and args.tflops * 1e12,
+        host_bytes=args.host_gib and args.host_gib * 2**30,
     )
     found = estimate(model.config, setup)
     print("\n".join([f"{args.model}: {num_parameters(model):,} parameters", *found.lines()]))

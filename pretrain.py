@@ -380,7 +380,7 @@ def reckon(
         found = estimate(model.config, setup)
         print("\n".join(found.lines()), flush=True)
         if (faults := found.faults()) and not args.ignore_estimate:
-            raise ValueError("; ".join(faults))
+            raise ValueError(f"{'; '.join(faults)}; or begin anyway with --ignore_estimate")
 
     if operations(model, seq_len) * setup.tokens > WORTH_AN_ESTIMATE:
         main_decides(accelerator, say)

@@ -128,13 +128,19 @@ class Data:
 
 def read_data(args: Args, chat: ChatFormat, seq_len: int) -> Data:
     """Read and encode the conversations. Raises: as `read_conversations` does; ValueError if too few fit into `seq_len`."""
-    rows = read_conversations(find_conversations(args.data, args.data_split), chat.control.values(), args.skip_bad_rows)
-    beside = args.eval_data or held_out_beside(args.data)
-    facts = {"bad_rows": dict(rows.left_out), "held_out": beside or f"the last {HELD_OUT_SHARE:.0%} of {args.data}"}
+    files = find_conversations(args.data, args.data_split)
+    rows = read_conversations(files, chat.control.values(), args.skip_bad_rows)
+    beside = find_conversations(args.eval_data, args.data_split) if args.eval_data else held_out_beside(args.data)
+    if shared := {file.name for file in beside} & {file.name for file in files}:
+        raise ValueError(f"{min(shared)} is both --data and held out, others are needed: pass --eval_data, or other --data")
+    named = ", ".join(file.name for file in beside[:3])
+    facts = {"bad_rows": dict(rows.left_out), "held_out": named or f"the last {HELD_OUT_SHARE:.0%} of {args.data}"}
     if beside:
-        others = read_conversations(find_conversations(beside, args.data_split), chat.control.values(), args.skip_bad_rows)
+        others = read_conversations(beside, chat.control.values(), args.skip_bad_rows)
         train, held_out = rows.rows, others.rows
         facts["bad_held_out_rows"] = dict(others.left_out)
+    elif len(rows.rows) < 2:
+        raise ValueError(f"{args.data} has 1 conversation, of which none is left to be held out: pass more, or --eval_data")
     else:
         count = max(1, round(HELD_OUT_SHARE * len(rows.rows)))
         train, held_out = rows.rows[:-count], rows.rows[-count:]
@@ -193,13 +199,13 @@ def identity_of(args: Args, data: Data, chat: ChatFormat, model: PreTrainedModel
 
 
 def refuse_other_folders(folder: Path) -> None:
-    """Raise ValueError if the folder is another trainer's run, or a model."""
+    """Raise ValueError if the folder is another trainer's run, or holds something else."""
     if (folder / "run.json").is_file():
         script = read_json(folder / "run.json", "sft.py").get("script")
         if script != "sft.py":
             raise ValueError(f"{folder} is a run of {script}, a folder of its own is needed: pass another --output_dir")
-    elif (folder / "config.json").exists():
-        raise ValueError(f"{folder} is a model, a folder of its own is needed: pass another --output_dir")
+    elif folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
+        raise ValueError(f"{folder} is no run and holds {others[0]}, a folder of its own is needed: pass another --output_dir")
 
 
 def trl_config(args: Args, course: Course, first_step: int, accelerator: Accelerator) -> SFTConfig:
@@ -341,6 +347,8 @@ def train(ready: Prepared, run: Run, checkpoints: Checkpoints) -> tuple[int, Pre
     path, first_step = where_to_go_on(ready, run, checkpoints)
     if first_step == ready.course.total_steps:
         load_weights(path, ready.model)
+        if not (run.folder / "logs/eval.jsonl").exists():  # of another run's checkpoint
+            look(ready, run, ready.model.to(run.accelerator.device), first_step)
         return 0, ready.model
     config = trl_config(ready.args, ready.course, first_step, run.accelerator)
     trainer = ChatTrainer(
@@ -381,8 +389,8 @@ def main(args: Args) -> int:
         if code == 0:
             written = finish(ready, run, checkpoints, model)
             if run.accelerator.is_main_process and (written or not (run.folder / "results.json").is_file()):
-                before, *_, after = (loss_and_perplexity(row["loss"]) for row in records(run.folder, "eval"))
-                write_results(run, {"step": course.total_steps, "before": before, "after": after}, begun)
+                measured = [loss_and_perplexity(row["loss"]) for row in records(run.folder, "eval")]
+                write_results(run, {"step": course.total_steps, "before": measured[0], "after": measured[-1]}, begun)
         run.close()
     return code
 

@@ -12,7 +12,8 @@ from lm.files import listed, read_sealed, whole_file, write_json, write_sealed
 from lm.tables import aligned
 
 FORMAT = "clean-corpus-1"
-KEPT, NOT_REMOVED = "kept", ("read", "changed", "kept")
+NOT_REMOVED = ("read", "changed", "kept")
+SUBMITTED = "submitted.json"  # the SLURM jobs that are to clean, until they have
 
 
 def finish(job: Job, number: int, tell: Tell) -> None:
@@ -38,7 +39,8 @@ def finish(job: Job, number: int, tell: Tell) -> None:
 def tidy(folder: Path) -> None:
     """Remove what only the cleaning needed."""
     shutil.rmtree(folder / "partial", ignore_errors=True)
-    (folder / "progress.json").unlink(missing_ok=True)
+    for name in ("progress.json", SUBMITTED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _totals(job: Job) -> tuple[Tally, dict[str, Any]]:

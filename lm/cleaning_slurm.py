@@ -50,9 +50,9 @@ def chain(job: Job, executor: Callable[..., Any], tasks: int, **settings: Any) -
     return last
 
 
-def submit(job: Job, tasks: int, partition: str, time: str, sbatch: dict[str, str]) -> None:
-    """Submit a SLURM job for each stage, an array of `tasks` where there is more to do than one task."""
-    chain(
+def submit(job: Job, tasks: int, partition: str, time: str, sbatch: dict[str, str]) -> list[str]:
+    """Submit a SLURM job for each stage, an array of `tasks` where there is more to do than one task; returns their numbers."""
+    last = chain(
         job,
         SlurmPipelineExecutor,
         tasks,
@@ -64,4 +64,10 @@ def submit(job: Job, tasks: int, partition: str, time: str, sbatch: dict[str, st
         env_command=f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(ROOT))}\n"
         f"cd {quote(str(Path.cwd()))}",
         sbatch_args={"kill-on-invalid-dep": "yes", **sbatch},
-    ).run()
+    )
+    last.run()
+    jobs = []
+    while last is not None:
+        jobs.insert(0, str(last.job_id))
+        last = last.depends
+    return jobs

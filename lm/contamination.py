@@ -22,6 +22,7 @@ from lm.corpus import File, digest
 from lm.document_kernels import code_points, find_gram, grams, kinds, put_first, split_words
 from lm.documents import Reading, cut, documents, where
 from lm.files import read_jsonl, sha256, whole_folder, write_json
+from lm.text_normal import normalise
 
 GRAM, LEAST = 13, 8  # words
 # Tasks whose rows are read as they are, their dataset on the hub: name, configuration, split.
@@ -98,7 +99,7 @@ class Evaluation:
                 yield _strings(row) | worded(task, row)
 
     def _documents(self, file: File) -> Iterator[set[str]]:
-        reading = Reading(self.text_column, shuffle_window=0)
+        reading = Reading(self.text_column, text_unit="line", shuffle_window=0)  # questions stand a line each
         for number, piece in enumerate(cut([file], reading)):
             for document in documents(piece, number, reading):
                 if document.text is None and document.fault != "empty":
@@ -137,7 +138,7 @@ def write_index(evaluation: Evaluation, folder: Path) -> None:
         for texts in evaluation.texts(source):
             num_rows += 1
             found = []
-            for text in sorted(texts):
+            for text in sorted({*texts, *map(normalise, texts)}):  # as documents are that are normalised, and as they are
                 words = split_words(code_points(text.lower()), kinds())[0]
                 if length := gram_lengths(len(words)):
                     found.append(grams(words, length))

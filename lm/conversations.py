@@ -1,6 +1,5 @@
 """Conversations out of files: rows of "messages" read one by one, and what is wrong with a row said with its file and line."""
 
-import glob
 import itertools
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from lm.files import parse_json
 from lm.records import is_damage, place, records
 
 Message = dict[str, str]
+SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
 NAMED = 20  # bad rows, in a message
 COLUMN = "messages"
@@ -33,7 +33,7 @@ class Conversations:
 def find_conversations(name: str, split: str) -> list[File]:
     """The files of a path or pattern, of a split in a folder, or of a split of a dataset of the hub.
 
-    Of a folder they are the files whose names begin with the split, or all if none does.
+    Of a folder they are those whose names begin with the split, or all if no name begins with one.
     Raises: FileNotFoundError or ValueError if there are none, or some of text alone.
     """
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() and not kind_of(name):
@@ -41,25 +41,32 @@ def find_conversations(name: str, split: str) -> list[File]:
             return hub_files(name, None, None, split, "--data_split")
         except RuntimeError as error:
             raise FileNotFoundError(f"no file {name}, and as a dataset: {error.__cause__!s:.300}: pass other --data") from error
-    files = find_files([_of_split(name, split) or name])
+    own = _of_split(name, split)
+    if Path(name).is_dir() and not own and (other := [kind for kind in SPLITS if _of_split(name, kind)]):
+        raise ValueError(
+            f"{name} has files of {', '.join(other)} and none of {split}, which is needed: name them, or pass a file"
+        )
+    files = find_files(own or [name])
     if texts := [file.name for file in files if kind_of(file.name) == "text"]:
         raise ValueError(f'{texts[0]} is text, rows with "{COLUMN}" are needed: pass JSON Lines or Parquet')
     return files
 
 
-def held_out_beside(name: str) -> str | None:
-    """The file called validation in a folder, or beside one called train; None if there is none."""
+def held_out_beside(name: str) -> list[File]:
+    """The files called validation in a folder, or the one beside a file called train."""
     path = Path(name)
     if path.is_dir():
-        return _of_split(name, "validation")
+        return find_files(own) if (own := _of_split(name, "validation")) else []
     beside = path.with_name(path.name.replace("train", "validation", 1))
-    return str(beside) if path.is_file() and beside != path and beside.is_file() else None
+    return find_files([str(beside)]) if path.is_file() and beside != path and beside.is_file() else []
 
 
-def _of_split(name: str, split: str) -> str | None:
-    """A pattern for the files of a split in a folder, if it is one that has some."""
-    pattern = f"{glob.escape(name)}/{split}*"
-    return pattern if any(kind_of(found) for found in glob.glob(pattern)) else None
+def _of_split(name: str, split: str) -> list[str]:
+    """The files and folders of a split in a folder: train.jsonl and train-00001.parquet, not training.jsonl."""
+    if not Path(name).is_dir():
+        return []
+    named = [path for path in sorted(Path(name).iterdir()) if re.match(rf"{re.escape(split)}(?![a-zA-Z])", path.name)]
+    return [str(path) for path in named if path.is_dir() or kind_of(path.name)]
 
 
 def read_conversations(files: Sequence[File], control: Collection[str], skip_bad: bool) -> Conversations:

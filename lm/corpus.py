@@ -22,6 +22,7 @@ from lm.args import check
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BESIDE_TEXT = ("meta.json", "progress.json", "report.json", "removed.jsonl", "submitted.json")
 HUB = "hf://"
 MOST_FAULTS = 20  # that are told of at once
 _UNREADABLE = (
@@ -57,7 +58,7 @@ def compression_of(name: str) -> str | None:
 def find_files(patterns: Sequence[str]) -> list[File]:
     """The files that paths, folders (all files below them) and patterns (`*`, `**`) name, each once, in the order of the names.
 
-    A folder's meta.json, which our scripts write beside the text, is not taken for text.
+    What our scripts write beside text in a folder (meta.json, report.json, ...) is not taken for text.
     Raises: FileNotFoundError for all patterns that name none; ValueError for files of an unknown kind that were so named.
     """
     names: list[str] = []
@@ -82,7 +83,7 @@ def find_files(patterns: Sequence[str]) -> list[File]:
 
 
 def _is_text(name: str) -> bool:
-    return kind_of(name) is not None and name != "meta.json"
+    return kind_of(name) is not None and name not in BESIDE_TEXT
 
 
 def read_manifest(path: Path) -> list[File]:

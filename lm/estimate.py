@@ -40,6 +40,7 @@ class Setup:
     local_processes: int  # that share this machine's CPU memory
     device: torch.device
     device_bytes: float | None = None  # of memory on a GPU that is not this machine's
+    host_bytes: float | None = None  # of memory in a machine that is not this one
     operations_per_sec: float | None = None  # that a device makes in a product of large matrices; by default it is tried here
 
     @property
@@ -70,7 +71,7 @@ class Estimate:
                 largest = max(parts, key=parts.__getitem__)
                 found.append(
                     f"a process needs about {_gib(needed)} of {what} ({_listed(parts)}), {_gib(there)} are there for it: try"
-                    f" {REMEDIES[largest]}; --ignore_estimate begins anyway"
+                    f" {REMEDIES[largest]}"
                 )
         return found
 
@@ -111,13 +112,18 @@ def estimate(config: PreTrainedConfig, setup: Setup) -> Estimate:
     state = {"weights": 4 * number / shards, "gradients": 4 * number / shards, "moments": moments / shards}
     if setup.num_processes > 1 and not setup.fsdp:
         state["gradients"] *= 2  # buckets of DistributedDataParallel
-    computing = {"activations": activations(config, setup)}
+    try:
+        computing = {"activations": activations(config, setup)}
+    except Exception as error:  # of whatever kind a model's code raises on tensors without numbers
+        print(f"warning: activations are not estimated ({str(error).splitlines()[0]:.200})", flush=True)
+        computing = {}
     if setup.fsdp:
         computing["gathered"] = _gathered(model, setup)
     elif setup.precision != "fp32":
         computing["gathered"] = number * DTYPES[setup.precision].itemsize  # autocast keeps the copies of a pass
     copies = {"checkpoints": (4 * number + moments) / shards}
-    in_process = _free_memory() / setup.local_processes
+    unknown = math.inf if setup.device_bytes else _free_memory()
+    in_process = (setup.host_bytes or unknown) / setup.local_processes
     if not setup.is_gpu:
         parts = state | computing | copies | {"libraries": LIBRARIES["cpu"]}
         return Estimate(parts, {}, in_process, in_process, _seconds(model, setup))
@@ -142,14 +148,18 @@ def activations(config: PreTrainedConfig, setup: Setup) -> float:
     one, two = (_kept(config, setup, layers) for layers in (1, 2))
     block, rest = two - one, 2 * one - two
     half = DTYPES[setup.precision].itemsize
-    logits = setup.micro_batch * setup.seq_len * config.vocab_size * 4
+    logits = 2 * setup.micro_batch * setup.seq_len * config.vocab_size * 4  # the gradient, before and after the softmax
     inputs = setup.micro_batch * setup.seq_len * config.hidden_size * half
     return rest + logits + (depth * inputs + block if setup.grad_checkpoint else depth * block)
 
 
 def _kept(config: PreTrainedConfig, setup: Setup, layers: int) -> float:
     """The same of a model of this many layers, without computing anything."""
-    config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
+    whole = config.to_dict()
+    fewer = {"num_hidden_layers": layers}
+    if isinstance(kinds := whole.get("layer_types"), list):
+        fewer["layer_types"] = kinds[:layers]
+    config = type(config).from_dict(whole | fewer)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -219,7 +229,7 @@ def _free_memory() -> float:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+    return f"{size / 2**30:.3g} GiB" if math.isfinite(size) else "what there is"
 
 
 def _listed(parts: dict[str, float]) -> str:

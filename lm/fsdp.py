@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import PreTrainedModel
 
 
@@ -66,9 +67,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def like(part: torch.Tensor, tensor: torch.Tensor, shape: torch.Size | None = None, mesh: DeviceMesh | None = None) -> DTensor:
     """A divided tensor of this part: rows as those of `tensor`, of its shape or another one with as many rows."""
     shape = tensor.shape if shape is None else shape
-    stride = torch.empty(shape, device="meta").stride()
-    mesh = tensor.device_mesh if mesh is None else mesh
-    return DTensor.from_local(part, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    about = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
+    spec = DTensorSpec(tensor.device_mesh if mesh is None else mesh, tensor.placements, tensor_meta=about)
+    return DTensor(
+        part, spec, requires_grad=False
+    )  # from_local would move it to the mesh's device, which with offload is another
 
 
 def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -67,6 +67,8 @@ def read_arms(runs: Sequence[Pretraining]) -> list[Arm]:
         elif run.held_out:
             cell[args["seed"]] = run.held_out[-1]["c4_loss"]
     cells = {(lr, seed) for losses in by_model.values() for lr, cell in losses.items() for seed in cell}
+    if len({frozenset(seed for at, seed in cells if at == lr) for lr, _ in cells}) > 1:
+        faults.append("the learning rates have not all the same seeds: make the runs that are missing, or leave some out")
     for model, losses in by_model.items():
         there = {(lr, seed) for lr, cell in losses.items() for seed in cell}
         if missing := sorted(cells - there):

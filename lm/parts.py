@@ -3,7 +3,9 @@
 Read back into tensors that are divided among any number of processes, or not at all; nothing is pickled.
 """
 
+import contextlib
 import re
+import time
 import warnings
 from pathlib import Path
 
@@ -30,9 +32,25 @@ def write_parts(folder: Path, tensors: dict[str, torch.Tensor], group: dist.Proc
     """
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer.per_thread_copy_ahead = 0  # all is in CPU memory: no stream of the first GPU is needed to copy it
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:
         raise OSError(f"{folder}: {_why(error)}") from None
+
+
+def see_all(folder: Path, tensors: dict[str, torch.Tensor], patience: float = 60.0) -> None:
+    """Return when this process sees what all have written; what a network file system shows may be a minute old.
+
+    Raises: OSError if it does not come to see that, as where each node has a disk of its own.
+    """
+    needed, deadline = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, time.monotonic() + patience
+    while True:
+        with contextlib.suppress(ValueError):
+            if {name: shape for name, (shape, _) in shapes_in(folder).items()} == needed:
+                return
+        if time.monotonic() > deadline:
+            raise OSError(f"{folder} has not what all processes wrote: put --output_dir where all of them see the same files")
+        time.sleep(0.5)
 
 
 def shapes_in(folder: Path) -> Shapes:
@@ -50,8 +68,9 @@ def shapes_in(folder: Path) -> Shapes:
 def read_parts(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill the tensors with what the folder has under their names; if they are divided, all processes call this.
 
-    Raises: ValueError if something is missing or of another shape.
+    Raises: ValueError if something is missing, in part too, or of another shape.
     """
+    shapes_in(folder)  # torch would leave what is not there as it was
     divided = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     try:
         with warnings.catch_warnings():

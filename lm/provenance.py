@@ -90,8 +90,13 @@ def _compare(root: Path, commit: str, index: Path) -> Tree:
 
 
 def _is_of_a_model(program: Path) -> bool:
-    """Whether it lies in a model's folder, for which transformers copies the class of the model: nothing here imports it."""
-    return (program.parent / "config.json").is_file()
+    """Whether it is the class that transformers copies to a model's weights, and auto_map names: nothing here imports it."""
+    config = program.parent / "config.json"
+    return (
+        config.is_file()
+        and f'"{program.stem}.' in config.read_text(errors="replace")
+        and any(program.parent.glob("*.safetensors"))
+    )
 
 
 def _git(root: Path, *command: str, given: bytes | None = None, fails: bool = False, **variables: str) -> bytes:

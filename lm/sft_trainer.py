@@ -104,9 +104,10 @@ class ChatTrainer(SFTTrainer):
             load_checkpoint(self.resume_path, self.model, self.optimizer)
         elif self.step > 0:
             self.whole.restore_moments(self.resume_path, self.model, self.optimizer.optimizer)
-        if self.step == 0:
+        own = self.resume_path is not None and self.resume_path.resolve().parent == self.checkpoints.folder.resolve()
+        if self.step == 0 or not own:
             self.evaluate_here()
-        if self.resume_path is None or self.resume_path.resolve().parent != self.checkpoints.folder.resolve():
+        if not own:
             self.save()
 
     def save(self) -> None:

@@ -23,7 +23,7 @@ from lm.files import write_json
 from lm.fsdp import assign, is_sharded, like, local, reshard
 from lm.models import load_weights
 from lm.optim import group_of, moments_of, needed_moments, put_moments
-from lm.parts import Shapes, in_parts, read_parts, shapes_in, weights_of, write_parts
+from lm.parts import Shapes, in_parts, read_parts, see_all, shapes_in, weights_of, write_parts
 
 
 class ShardedCheckpoints(Checkpoints):
@@ -60,6 +60,7 @@ class ShardedCheckpoints(Checkpoints):
                 self._agree(True)
                 write_parts(folder, parts, self._group)
                 if self.main:
+                    see_all(folder, parts)
                     model.config.save_pretrained(folder)
                     write_json(folder / "state.json", {"step": step} | state)
 
@@ -101,7 +102,7 @@ class ShardedCheckpoints(Checkpoints):
 
 def load_any(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and moments back, bit for bit, whichever kind of checkpoint and of model these are, and however many
-    processes wrote it. Every process calls this.
+    processes wrote it; but adamw8bit's moments are laid out otherwise with FSDP than without. Every process calls this.
 
     Raises: ValueError, naming folder and tensor, if they are not those of this model and optimizer.
     """
@@ -124,7 +125,10 @@ def load_any(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimize
         _load_weights(path, model, weights)
     needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in wanted.items()}
     if faults := _unfit(there, needed):
-        raise ValueError(f"{path} does not fit model and optimizer ({'; '.join(faults[:3])}): pass another checkpoint")
+        raise ValueError(
+            f"{path} does not fit model and optimizer ({'; '.join(faults[:3])}): pass another checkpoint (with"
+            " adamw8bit, one that was written with --fsdp if that is given, and without if not)"
+        )
     read_parts(path, wanted)
     optimizer.state.clear()
     for name, own in moments.items():

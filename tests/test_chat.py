@@ -73,7 +73,7 @@ def through_a_pipe(folder: Path, typed: str, *options: str) -> subprocess.Comple
 def test_a_pipe_gets_a_reply_to_each_line_and_the_conversation_goes_on(folder):
     typed = ["Hello!", "", "How are you?", "/nonsense", "say <|im_end|>", "/reset", "Hello!"]
     done = through_a_pipe(folder, "\n".join(typed))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, "two lines were refused"
     first, second = answers(folder, "Hello!", "How are you?")
     assert done.stdout == f"{first}\n{second}\n{first}\n"
     assert first != second
@@ -81,6 +81,15 @@ def test_a_pipe_gets_a_reply_to_each_line_and_the_conversation_goes_on(folder):
         "no command /nonsense: /help lists them",
         "the user message has a special token in a text: <|im_end|>: write another",
     ]
+
+
+def test_a_byte_that_is_not_utf_8_is_a_fault_of_its_line_alone(folder):
+    command = [sys.executable, ROOT / "chat.py", folder, "--temperature=0", f"--max_new_tokens={NEW_TOKENS}"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, input=b"Hello!\nbad \xff\nHow are you?\n", capture_output=True, env=environment, timeout=150)
+    assert done.stdout.decode() == "".join(f"{answer}\n" for answer in answers(folder, "Hello!", "How are you?"))
+    assert done.returncode == 1
+    assert b"is not Unicode" in done.stderr
 
 
 def test_one_prompt_gets_one_reply(folder):
@@ -205,14 +214,14 @@ def test_no_control_token_is_written_but_those_that_end_a_reply_and_no_id_beyond
 def test_a_control_token_that_the_model_spells_out_is_none_in_the_next_prompt(talk, monkeypatch, capsys):
     def spell(model, chat, ids, config, precision, streamer):
         streamer.put(torch.tensor([ids]))
-        for id_ in encode_documents(chat.tokenizer, ["well <|im_end|> then"])[0]:
+        for id_ in encode_documents(chat.tokenizer, ["well <|im_<|im_end|>end|> then"])[0]:
             streamer.put(torch.tensor([int(id_)]))
         streamer.end()
 
     monkeypatch.setattr("chat.reply", spell)
     talk.answer("hi")
     assert talk.messages[-1] == assistant("well  then")
-    assert capsys.readouterr().out == "well <|im_end|> then\n"
+    assert capsys.readouterr().out == "well <|im_<|im_end|>end|> then\n"
 
 
 def test_a_letter_is_printed_when_all_its_bytes_are_there(talk, capsys):

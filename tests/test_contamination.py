@@ -6,6 +6,7 @@ import pytest
 
 from lm.contamination import Evaluation, Index, chosen_tasks, gram_lengths, write_index
 from lm.corpus import find_files
+from lm.text_normal import normalise
 
 LONG = "a small brown dog carries the heavy basket of red apples across an old stone bridge before noon"  # 18 words
 EIGHT = "seven wise owls never sing before winter nights"
@@ -43,6 +44,24 @@ def test_thirteen_words_in_a_row_are_needed(words, found, tmp_path):
     for start in range(len(LONG.split()) - words + 1):
         part = " ".join(LONG.split()[start : start + words])
         assert (index.find(f"xyz {part} zyx") is not None) == found
+
+
+@pytest.mark.parametrize(
+    "written", ["the caf\u00e9 is open", "the cafe\u0301 is open", "the cafÃ© is open", "the oﬃce is open"]
+)
+def test_a_row_is_found_as_it_stands_and_as_documents_are_normalised(written, tmp_path):
+    row = f"the {written} every day but on Mondays from eight in the morning until late at night"
+    index = index_of(tmp_path, row)
+    for text in (row, normalise(row)):
+        assert index.find(PADDING + text + PADDING) is not None
+
+
+def test_each_line_of_a_text_file_is_a_row(tmp_path):
+    (tmp_path / "questions.txt").write_text(f"{EIGHT}\n{LONG}\n{SEVEN}\n")
+    write_index(Evaluation(files=tuple(find_files([str(tmp_path / "questions.txt")]))), tmp_path / "index")
+    index = Index(tmp_path / "index")
+    assert index.sources[0]["rows"] == 3
+    assert index.find(PADDING + EIGHT + PADDING)["row"] == 0
 
 
 def test_clean_text_passes(tmp_path):

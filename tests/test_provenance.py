@@ -93,6 +93,10 @@ def test_the_class_that_a_model_s_folder_has_is_no_program_of_the_tree(tree):
     with pytest.raises(ValueError, match=r"exported/psann.py differ"):
         read_tree(False, tree)
     (model / "config.json").write_text("{}\n")
+    (model / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"exported/psann.py differ"):
+        read_tree(False, tree)
+    (model / "config.json").write_text('{"auto_map": {"AutoConfig": "psann.PsannConfig"}}\n')
     assert read_tree(False, tree) == Tree(git(tree, "rev-parse", "HEAD"))
     (tree / "lm/new.py").write_text("a program\n")
     with pytest.raises(ValueError, match=r"lm/new.py differ"):

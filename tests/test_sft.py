@@ -182,10 +182,25 @@ def test_a_damaged_file_is_named(rows, chat, tmp_path):
 def test_a_folder_is_its_train_files_and_its_validation_file_is_held_out(tmp_path):
     for name in ("train.jsonl", "validation.jsonl", "meta.json", "README.md"):
         (tmp_path / name).touch()
-    assert [Path(file.name).name for file in find_conversations(str(tmp_path), "train")] == ["train.jsonl"]
-    assert held_out_beside(str(tmp_path)) == f"{tmp_path}/validation*"
-    assert held_out_beside(str(tmp_path / "train.jsonl")) == str(tmp_path / "validation.jsonl")
-    assert held_out_beside(str(tmp_path / "meta.json")) is None
+    assert names(find_conversations(str(tmp_path), "train")) == ["train.jsonl"]
+    assert names(held_out_beside(str(tmp_path))) == ["validation.jsonl"]
+    assert names(held_out_beside(str(tmp_path / "train.jsonl"))) == ["validation.jsonl"]
+    assert held_out_beside(str(tmp_path / "meta.json")) == []
+    (tmp_path / "train.jsonl").rename(tmp_path / "training.jsonl")
+    with pytest.raises(ValueError, match="has files of validation, none of train: name them for their split, or pass a file"):
+        find_conversations(str(tmp_path), "train")
+
+
+def test_the_splits_of_a_folder_may_be_folders(tmp_path):
+    for name in ("train/b.jsonl", "train/a.parquet", "validation/a.jsonl", "test/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert names(find_conversations(str(tmp_path), "train")) == ["a.parquet", "b.jsonl"]
+    assert names(held_out_beside(str(tmp_path))) == ["a.jsonl"]
+
+
+def names(files) -> list[str]:
+    return [Path(file.name).name for file in files]
 
 
 # what is trained of it
@@ -387,6 +402,30 @@ def test_a_damaged_checkpoint_is_passed_over(world, undisturbed):
     newest.write_bytes(content)
     assert f"{newest.parent} is damaged ({newest}" in run(world, "damaged").said()
     assert outcome(world / "damaged") == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_run_begun_from_another_runs_checkpoint_is_finished_and_measured(step, world, undisturbed):
+    """Its last one too."""
+    steps = sorted(path.name for path in (undisturbed / "checkpoints").glob("step_????????"))
+    source = undisturbed / "checkpoints" / (steps[-1] if step == 10 else steps[0])
+    assert "finished" in run(world, f"from_{step}", resume_from=source).said()
+    results = json.loads((world / f"from_{step}/results.json").read_text())
+    assert results["after"] == json.loads((undisturbed / "results.json").read_text())["after"]
+
+
+def test_what_is_held_out_does_not_train_and_a_folder_of_something_else_is_left(world, rows, tmp_path):
+    data = write(tmp_path / "own.jsonl", rows[:20])
+    for name, changes, said in (
+        ("both", {"data": data, "eval_data": data}, "own.jsonl is both --data and held out"),
+        ("one", {"data": write(tmp_path / "one.jsonl", rows[:1])}, "has 1 conversation, of which none is left to be held out"),
+        ("other", {}, "is no run and holds meta.json, a folder of its own is needed"),
+    ):
+        if name == "other":
+            write(world / name / "meta.json", rows[:1])
+        started = start(world, name, **changes)
+        assert started.wait() == [1]
+        assert said in started.said()
 
 
 def test_a_finished_run_is_left_as_it_is_and_another_in_its_folder_refused(world, undisturbed):
