@@ -205,6 +205,7 @@ def identity(args: Args, plan: Plan, splits: Splits | None, model: PreTrainedMod
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
     files = {name: about["sha256"] for name, about in splits.meta["files"].items()} if splits else {}
     settings |= {"effective_batch": plan.effective_batch, "data": files, "pack": plan.mixed.pack.identity}
+    settings |= {"bf16_parameters": bool(args.fsdp) and args.precision == "bf16"}  # they travel, and add up, in bfloat16
     settings |= {"initial_weights": beginning.sha256, "architecture": architecture(model)}
     tokenizer = plan.mixed.tokenizer
     return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}

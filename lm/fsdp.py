@@ -69,9 +69,7 @@ def like(part: torch.Tensor, tensor: torch.Tensor, shape: torch.Size | None = No
     shape = tensor.shape if shape is None else shape
     about = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
     spec = DTensorSpec(tensor.device_mesh if mesh is None else mesh, tensor.placements, tensor_meta=about)
-    return DTensor(
-        part, spec, requires_grad=False
-    )  # from_local would move it to the mesh's device, which with offload is another
+    return DTensor(part, spec, requires_grad=False)  # from_local would move it to the mesh's device: with offload, another one
 
 
 def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:

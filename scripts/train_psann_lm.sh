@@ -12,12 +12,12 @@
 #   --eval_decontaminate TASKS   whose rows are kept out of the text      --tasks TASKS   to evaluate on at the end
 #   --rows DIR   rows of the tasks, for no network   --processes N (the GPUs)   --device_batch N   rows in a forward pass
 set -euo pipefail
-cd "$(dirname "$0")/.."
-root=$PWD
+root=$(cd "$(dirname "$0")/.." && pwd)
 
 size='' base=respsann manifest='' chat='' tokens='' out='' decontaminate='' tasks='' rows='' processes='' device_batch=''
 while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || { echo "$1 has no value: see the head of $0" >&2; exit 2; }
+    [ ! -e "$2" ] && [ "$1" != --out ] || set -- "$1" "$(realpath -m -- "$2")" "${@:3}" # of whoever calls, wherever that is
     case $1 in
     --size) size=$2 ;; --base) base=$2 ;; --data_manifest) manifest=$2 ;; --chat_data) chat=$2 ;; --tokens) tokens=${2//_/} ;;
     --out) out=$2 ;; --eval_decontaminate) decontaminate=$2 ;; --tasks) tasks=$2 ;; --rows) rows=$2 ;;
@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+cd "$root"
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 case $size in # vocabulary, targets in a row, rows in a step, rows in a pass, learning rate, tokens
 tiny) set -- 4096 256 16 8 4e-3 1600000 ;;
@@ -61,12 +62,24 @@ tasks=${tasks:-hellaswag,piqa,winogrande}
 source scripts/setup.sh
 mkdir -p "$out"
 
+set -m # each stage has a process group of its own, to which signals are passed on
+child='' packing=''
+trap '[ -z "$packing" ] || kill "$packing" 2>/dev/null || true' EXIT
+trap '[ -z "$child" ] || kill -TERM -- -"$child" 2>/dev/null || true' TERM
+trap '[ -z "$child" ] || kill -INT -- -"$child" 2>/dev/null || true' INT
+
 stage() { # name, command: runs it, and notes what it took
-    local name=$1 begun code=0
+    local name=$1 begun code
     shift
     printf '\n== %s: %s\n' "$name" "$*"
     begun=$(date +%s)
-    "$@" || code=$?
+    "$@" & child=$!
+    while :; do # a signal ends the waiting, not the stage
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    child=''
     printf '{"stage": "%s", "sec": %d, "code": %d}\n' "$name" $(($(date +%s) - begun)) $code >>"$out/stages.jsonl"
     [ $code = 0 ] || exit $code
 }
@@ -96,7 +109,6 @@ stage tokenizer python train_tokenizer.py --manifest "$out/clean/manifest.txt" -
 pack=$out/data/c4_packed
 python build_pretrain.py --scratch_dir "$out" --manifest "$out/clean/manifest.txt" --tokenizer "$out/tokenizer" \
     --seq_len $seq_len --total_steps $steps --effective_batch $batch >>"$out/pack.log" 2>&1 & packing=$!
-trap 'kill $packing 2>/dev/null || true' EXIT
 echo "packing in the background ($out/pack.log)"
 until [ -e "$pack/progress.json" ] || [ -e "$pack/meta.json" ]; do # the first shard
     kill -0 $packing 2>/dev/null || { tail -n 5 "$out/pack.log" >&2; exit 1; }

@@ -187,7 +187,9 @@ def test_a_folder_is_its_train_files_and_its_validation_file_is_held_out(tmp_pat
     assert names(held_out_beside(str(tmp_path / "train.jsonl"))) == ["validation.jsonl"]
     assert held_out_beside(str(tmp_path / "meta.json")) == []
     (tmp_path / "train.jsonl").rename(tmp_path / "training.jsonl")
-    with pytest.raises(ValueError, match="has files of validation, none of train: name them for their split, or pass a file"):
+    with pytest.raises(
+        ValueError, match="has files of validation and none of train, which is needed: name them, or pass a file"
+    ):
         find_conversations(str(tmp_path), "train")
 
 
@@ -422,6 +424,7 @@ def test_what_is_held_out_does_not_train_and_a_folder_of_something_else_is_left(
         ("other", {}, "is no run and holds meta.json, a folder of its own is needed"),
     ):
         if name == "other":
+            (world / name).mkdir()
             write(world / name / "meta.json", rows[:1])
         started = start(world, name, **changes)
         assert started.wait() == [1]
