@@ -80,11 +80,11 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, out: Path | None = None) -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, out: Path | None = None, seconds: float = 90) -> None:
     """Return as soon as the log has this step."""
     out = out or Path(f"{folder}.out")
     log = folder / "logs" / "train.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + seconds
     while not log.exists() or f'{{"step": {step}, ' not in log.read_text():
         assert process.poll() is None, f"it ended before step {step}: {out.read_text()[-4000:]}"
         assert time.monotonic() < deadline, out.read_text()[-4000:]
