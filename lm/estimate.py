@@ -5,11 +5,13 @@ running the pass without computing it (torch's fake tensors have shapes and devi
 operations the model needs, at a share of the speed at which this machine multiplies matrices as large as the model's.
 """
 
+import contextlib
 import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -121,7 +123,7 @@ def estimate(config: PreTrainedConfig, setup: Setup) -> Estimate:
         computing["gathered"] = _gathered(model, setup)
     elif setup.precision != "fp32":
         computing["gathered"] = number * DTYPES[setup.precision].itemsize  # autocast keeps the copies of a pass
-    copies = {"checkpoints": (4 * number + moments) / shards}
+    copies = {"checkpoints": (1 + setup.fsdp) * (4 * number + moments) / shards}  # a part's file is made in memory first
     unknown = math.inf if setup.device_bytes else _free_memory()
     in_process = (setup.host_bytes or unknown) / setup.local_processes
     if not setup.is_gpu:
@@ -219,13 +221,28 @@ def _timed(compute: Callable[[], object], device: torch.device) -> float:
 
 
 def _free_memory() -> float:
-    """Bytes of memory that this machine could still give out."""
+    """Bytes of memory that this machine could still give out, or that its job scheduler allows."""
     try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024.0 * int(lines["MemAvailable"].split()[0])
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024.0 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError):  # not Linux: what there is at all
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError):  # no cgroups of version 2
+        return min(
+            free, free_in_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip())
+        )
+    return free
+
+
+def free_in_cgroup(root: Path, name: str) -> float:
+    """Bytes that cgroup `name` and those above it leave; infinite without a limit. File pages that can be dropped are free."""
+    free = math.inf
+    for folder in (root / name, *(root / name).parents):
+        with contextlib.suppress(OSError, ValueError):  # the root has no limit; "max" is none
+            limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))
+            droppable = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+            free = min(free, limit - used + int(droppable))
+    return free
 
 
 def _gib(size: float) -> str:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from packs import pretrain_here, write_pack
 from text import byte_level_bpe
+from transformers import AutoModelForCausalLM
 
 import pretrain
-from lm.estimate import Setup, activations, estimate, operations
+from lm.estimate import Setup, activations, estimate, free_in_cgroup, operations
 from lm.measure import DTYPES
 from lm.models import build_model, on_paper
 from lm.optim import make_optimizer
@@ -59,11 +60,16 @@ def test_activations_are_those_that_autograd_keeps(name, precision):
 
 def test_with_checkpointing_each_block_keeps_its_input_and_one_is_whole():
     config = on_paper("olmo-8m", 300, 64).config
-    plain, checkpointed = (activations(config, dataclasses.replace(SETUP, grad_checkpoint=again)) for again in (False, True))
-    one_input = 4 * 64 * 128 * 4
-    block = (plain - checkpointed + 8 * one_input) / 7
-    assert block > 10 * one_input
-    assert checkpointed == pytest.approx(plain - 8 * block + 8 * one_input + block)
+    one, two = (kept_in_truth(AutoModelForCausalLM.from_config(at(config, layers)), SETUP) for layers in (1, 2))
+    block, one_input, of_the_gradient = two - one, 4 * 64 * 128 * 4, 2 * 4 * 64 * config.vocab_size * 4
+    expected = (one - block) + of_the_gradient + 8 * one_input + block
+    found = activations(config, dataclasses.replace(SETUP, grad_checkpoint=True))
+    assert found == pytest.approx(expected, rel=0.03)
+    assert found < activations(config, SETUP) / 4
+
+
+def at(config, layers):
+    return type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "muon", "sgd"])
@@ -120,3 +126,18 @@ def test_a_run_that_cannot_fit_ends_before_its_model_is_built(tmp_path, monkeypa
             pretrain_here(tmp_path / "refused", tmp_path, **options)
     assert not (tmp_path / "refused").exists()
     assert pretrain_here(tmp_path / "tried", tmp_path, **options, ignore_estimate=True) == 0
+
+
+def test_a_schedulers_limit_counts_at_every_level_and_file_pages_are_free(tmp_path):
+    def limit(name, maximum, current, droppable):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "memory.max").write_text(f"{maximum}\n")
+        (tmp_path / name / "memory.current").write_text(f"{current}\n")
+        (tmp_path / name / "memory.stat").write_text(f"anon 5\ninactive_file {droppable}\nactive_file 7\n")
+
+    limit("job_1/step_0", "max", 900, 0)
+    assert free_in_cgroup(tmp_path, "job_1/step_0") == float("inf")
+    limit("job_1", 1000, 900, 300)
+    assert free_in_cgroup(tmp_path, "job_1/step_0") == 400
+    limit("job_1/step_0", 950, 900, 100)
+    assert free_in_cgroup(tmp_path, "job_1/step_0") == 150
