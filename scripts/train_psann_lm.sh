@@ -17,11 +17,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 size='' base=respsann manifest='' chat='' tokens='' out='' decontaminate='' tasks='' rows='' processes='' device_batch=''
 while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || { echo "$1 has no value: see the head of $0" >&2; exit 2; }
-    [ ! -e "$2" ] && [ "$1" != --out ] || set -- "$1" "$(realpath -m -- "$2")" "${@:3}" # of whoever calls, wherever that is
-    case $1 in
-    --size) size=$2 ;; --base) base=$2 ;; --data_manifest) manifest=$2 ;; --chat_data) chat=$2 ;; --tokens) tokens=${2//_/} ;;
-    --out) out=$2 ;; --eval_decontaminate) decontaminate=$2 ;; --tasks) tasks=$2 ;; --rows) rows=$2 ;;
-    --processes) processes=$2 ;; --device_batch) device_batch=$2 ;;
+    case $1 in # paths are those of whoever calls; chat data may be a dataset of the hub
+    --data_manifest) manifest=$(realpath -m -- "$2") ;; --out) out=$(realpath -m -- "$2") ;; --rows) rows=$(realpath -m -- "$2") ;;
+    --chat_data) [ -e "$2" ] && chat=$(realpath -- "$2") || chat=$2 ;;
+    --size) size=$2 ;; --base) base=$2 ;; --tokens) tokens=${2//_/} ;; --eval_decontaminate) decontaminate=$2 ;;
+    --tasks) tasks=$2 ;; --processes) processes=$2 ;; --device_batch) device_batch=$2 ;;
     *) echo "no option $1: see the head of $0" >&2; exit 2 ;;
     esac
     shift 2
@@ -65,8 +65,12 @@ mkdir -p "$out"
 set -m # each stage has a process group of its own, to which signals are passed on
 child='' packing=''
 trap '[ -z "$packing" ] || kill "$packing" 2>/dev/null || true' EXIT
-trap '[ -z "$child" ] || kill -TERM -- -"$child" 2>/dev/null || true' TERM
-trap '[ -z "$child" ] || kill -INT -- -"$child" 2>/dev/null || true' INT
+trap 'pass_on TERM 143' TERM
+trap 'pass_on INT 130' INT
+pass_on() { # a signal, and the exit code if no stage is there to take it
+    [ -n "$child" ] || exit "$2"
+    kill -s "$1" -- -"$child" 2>/dev/null || true
+}
 
 stage() { # name, command: runs it, and notes what it took
     local name=$1 begun code
