@@ -37,12 +37,11 @@ from lm.args import below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.corpus import File, digest, find_files
 from lm.estimate import Setup, estimate, operations
-from lm.fsdp import expect_cpu_offload, shard
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
 from lm.loss import MEASURED, means, mixed_loss
-from lm.measure import DTYPES, mean_loss
+from lm.measure import mean_loss
 from lm.micro_batches import rows_of_step
 from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
 from lm.models import architecture, build_model, non_embedding_parameters, num_parameters, on_paper
@@ -59,14 +58,14 @@ from lm.step import plan_batch
 from lm.supply import check_supply, look_again, too_few, wait_for_blocks
 from lm.text_evaluation import text_loss
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import TrainerArgs, fall_back, optimizer_of
+from lm.trainer_args import LargeModelArgs, fall_back, lay_out_memory, optimizer_of
 from lm.writing import prompt_ids, write
 
 WORTH_AN_ESTIMATE = 1e12  # operations: half a minute of one CPU core
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(TrainerArgs):
+class Args(LargeModelArgs):
     """One pretraining run."""
 
     scratch_dir: str
@@ -115,12 +114,6 @@ class Args(TrainerArgs):
     weight_decay: float = 0.1
     adam_beta2: float = 0.999
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    fsdp: Literal["full_shard"] | None = None
-    """full_shard: divide weights, gradients and moments among the processes (FSDP2); by default each has all of them."""
-    cpu_offload: bool = False
-    """With --fsdp: keep them in CPU memory, where the optimizer computes too."""
-    grad_checkpoint: bool = False
-    """Compute each block's activations again in the backward pass instead of keeping them."""
     ignore_estimate: bool = False
     """Begin also where the estimate of the memory says that it will not do."""
 
@@ -150,8 +143,6 @@ class Args(TrainerArgs):
         found += not_positive(self, "epochs")
         if self.total_steps is not None and self.epochs is not None:
             found.append(f"--total_steps {self.total_steps} and --epochs {self.epochs:g}: pass one of them")
-        if self.cpu_offload and not self.fsdp:
-            found.append("--cpu_offload without --fsdp: pass --fsdp full_shard too")
         if self.fsdp and self.precision == "fp16":
             found.append("--fsdp with --precision fp16, whose loss scale is each process's own: pass bf16 or fp32")
         if not 0 <= (self.mixin_percent or 0) <= 1:
@@ -497,9 +488,7 @@ def prepare(args: Args) -> Prepared:
     check(args.faults())
     args = fall_back(args)
     args = with_defaults(args)
-    if args.cpu_offload:
-        expect_cpu_offload()
-    accelerator = start_accelerator(args.precision, args.force_cpu)
+    accelerator = start_accelerator(args.precision, args.force_cpu, args.cpu_offload)
     pack, tokenizer = read_pack(args, accelerator)
     splits = open_splits(args.data_dir) if args.data_dir else None
     test_files(args)  # no file should be missed now and not after the last step
@@ -509,10 +498,7 @@ def prepare(args: Args) -> Prepared:
     reckon(args, beginning, len(tokenizer), pack.seq_len, batch[1], accelerator)
     model = make_model(args, beginning, tokenizer, pack.seq_len)
     plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
-    if args.grad_checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.fsdp:
-        shard(model, accelerator, DTYPES[args.precision], args.cpu_offload)
+    lay_out_memory(args, model, accelerator, args.precision)
     return Prepared(args, accelerator, splits, beginning, tokenizer, plan, model)
 
 

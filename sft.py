@@ -25,17 +25,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 from trl import SFTConfig
 
 from lm.args import below, check, parse
 from lm.chat_format import ChatFormat, Example
-from lm.checkpoint import Checkpoints, damage, read_fields, set_aside
+from lm.checkpoint import Checkpoints, read_fields
 from lm.conversations import find_conversations, held_out_beside, read_conversations
 from lm.files import read_json, sha256
-from lm.models import architecture, ensure_positions, load_model, load_weights, num_parameters
+from lm.models import architecture, ensure_positions, load_model, num_parameters
 from lm.packing import attention_reach, sees_only_itself
 from lm.recovery import find_checkpoint, refuse_another_run
 from lm.replies import UNLIMITED, generation_config, reply
@@ -43,12 +43,14 @@ from lm.results import loss_and_perplexity, write_results
 from lm.run import EXIT_STOPPED, Run, main_decides, open_run, run_and_exit, start_accelerator
 from lm.runlog import records
 from lm.schedule import ScheduleName
+from lm.session import open_checkpoints, say_stopped, write_final
 from lm.sft_batches import Collator, as_dataset, order_of, reply_loss
-from lm.sft_trainer import ChatTrainer, Course, finish_writing, say_stopped
+from lm.sft_trainer import ChatTrainer, Course
+from lm.sharded_checkpoint import load_any
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer
 from lm.trained import find_config, find_model
-from lm.trainer_args import TrainerArgs, fall_back
+from lm.trainer_args import LargeModelArgs, fall_back, lay_out_memory, optimizer_of
 
 HELD_OUT_SHARE = 0.02  # of the conversations, if no file of others is there
 SAMPLES = 3  # held-out questions that are answered before and after
@@ -56,7 +58,7 @@ SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(TrainerArgs):
+class Args(LargeModelArgs):
     """One run of fine-tuning."""
 
     model: tyro.conf.Positional[str]
@@ -89,10 +91,6 @@ class Args(TrainerArgs):
     adam_beta2: float = 0.999
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass (parameters and moments are float32): bf16 on a GPU, else fp32."""
-    grad_checkpoint: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
-    fsdp: Literal["none", "full_shard"] = "none"
-    """full_shard: weights, gradients and moments in shards over the GPUs (FSDP2), for a model that does not fit into one."""
     checkpoint_interval_steps: int = 100
 
     def faults(self) -> list[str]:
@@ -103,8 +101,6 @@ class Args(TrainerArgs):
         for name in ("ledger", "profile"):
             if getattr(self, name):
                 found.append(f"--{name} is not for sft.py, whose loop is trl's: leave it out")
-        if self.fsdp != "none" and self.optimizer != "adamw":
-            found.append(f"--fsdp with --optimizer {self.optimizer}: only adamw is known to work in shards, pass it")
         if self.schedule == "gpt3":
             found.append("--schedule gpt3 counts tokens, of which a step of conversations has no fixed number: pass another")
         return found
@@ -114,6 +110,7 @@ class Args(TrainerArgs):
 FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
 FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "ledger", "dirty", "profile", "model", "data", "data_split"}
 FREE |= {"eval_data", "skip_bad_rows", "micro_batch", "grad_accum", "effective_batch", "grad_checkpoint", "fsdp"}
+FREE |= {"cpu_offload"}
 
 
 @dataclass(frozen=True)
@@ -193,6 +190,7 @@ def plan_course(args: Args, data: Data, layout: tuple[int, int], reach: float | 
 def identity_of(args: Args, data: Data, chat: ChatFormat, model: PreTrainedModel, source: str, seq_len: int) -> dict[str, Any]:
     """What makes two runs the same run; a checkpoint only continues a run with the same."""
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
+    settings |= {"bf16_parameters": bool(args.fsdp) and args.precision == "bf16"}
     settings |= {"data": digest_of(data.train), "held_out": digest_of(data.held_out), "seq_len": seq_len}
     settings |= {"tokenizer": fingerprint(chat.tokenizer), "chat_template": chat.tokenizer.chat_template}
     return settings | {"architecture": architecture(model), "initial_weights": weights_of(source)}
@@ -221,9 +219,8 @@ def trl_config(args: Args, course: Course, first_step: int, accelerator: Acceler
         max_grad_norm=args.max_grad_norm,
         bf16=args.precision == "bf16",
         use_cpu=accelerator.device.type == "cpu",
-        activation_checkpointing=args.grad_checkpoint and args.fsdp == "none",
-        fsdp=args.fsdp != "none",
-        fsdp_config={"version": 2, "activation_checkpointing": args.grad_checkpoint} if args.fsdp != "none" else None,
+        activation_checkpointing=False,  # that is done to the model
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": bool(args.fsdp)}},
         max_length=None,
         seed=args.seed % 2**32,
         ddp_find_unused_parameters=False,
@@ -259,9 +256,7 @@ def prepare(args: Args) -> Prepared:
     args = fall_back(args)
     if args.precision == "auto":
         args = replace(args, precision="bf16" if torch.cuda.is_available() and not args.force_cpu else "fp32")
-    accelerator = start_accelerator(args.precision, args.force_cpu)
-    if args.fsdp != "none" and accelerator.distributed_type != DistributedType.MULTI_GPU:
-        raise ValueError("--fsdp full_shard needs several GPUs: start sft.py with accelerate launch, or leave it out")
+    accelerator = start_accelerator(args.precision, args.force_cpu, args.cpu_offload)
     layout = plan_batch(
         args.micro_batch, args.grad_accum, args.effective_batch or (None if args.grad_accum else 32), accelerator.num_processes
     )
@@ -281,7 +276,10 @@ def prepare(args: Args) -> Prepared:
     ensure_positions(model.config, seq_len, source)
     reach = attention_reach(model) if sees_only_itself(model) else None
     course = plan_course(args, data, layout, reach, identity_of(args, data, chat, model, source, seq_len))
-    return Prepared(args, accelerator, source, chat, data, model.train(), course, seq_len)
+    ends, pad = chat.stop_ids, chat.tokenizer.pad_token_id  # it generates until the end of a turn
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[-1] if pad is None else pad)
+    lay_out_memory(args, model.train(), accelerator, args.precision)
+    return Prepared(args, accelerator, source, chat, data, model, course, seq_len)
 
 
 def look(ready: Prepared, run: Run, model: PreTrainedModel, step: int) -> None:
@@ -289,7 +287,7 @@ def look(ready: Prepared, run: Run, model: PreTrainedModel, step: int) -> None:
     args, data, chat = ready.args, ready.data, ready.chat
     loss = reply_loss(model, data.held_out, ready.course.collator, args.micro_batch, ready.accelerator, args.precision)
     run.log.evaluation(step, loss=loss, perplexity=loss_and_perplexity(loss)["perplexity"], conversations=len(data.held_out))
-    if run.log.main or args.fsdp != "none":  # a sharded model needs every process in each pass
+    if run.log.main or args.fsdp:  # a divided model needs every process in each pass
         new_tokens = min(SAMPLE_TOKENS, ready.seq_len // 2)
         config, texts = generation_config(model, chat, new_tokens, 0.0, 1.0, 0), []
         for question in data.questions:
@@ -299,27 +297,10 @@ def look(ready: Prepared, run: Run, model: PreTrainedModel, step: int) -> None:
         run.log.sample(step, prompt="", text="\n".join(texts))
 
 
-def finish(ready: Prepared, run: Run, checkpoints: Checkpoints, model: PreTrainedModel | None) -> bool:
-    """Write the final model, that generates until the end of a turn; False if that was done before."""
-    final, about = run.folder / "final", {"step": ready.course.total_steps, "tokens": ready.course.tokens[-1][0]}
-    finish_writing(run, checkpoints)
-
-    def is_written() -> bool:
-        if final.exists() and (fault := damage(final)):
-            run.log.say(f"warning: {final} is damaged ({fault}): setting it aside, and writing it again")
-            set_aside(final, "damaged")
-        return final.exists() and read_json(final / "about.json", "sft.py") == about
-
-    if main_decides(ready.accelerator, is_written):
-        run.log.say(f"{run.folder} was finished before")
-        return False
-    if ready.accelerator.is_main_process:
-        ends, pad = ready.chat.stop_ids, ready.chat.tokenizer.pad_token_id
-        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[-1] if pad is None else pad)
-        checkpoints.save_model(final, model, ready.chat.tokenizer, about)
-    finish_writing(run, checkpoints)
-    run.log.event("finished", **about)
-    return True
+def finish(ready: Prepared, run: Run, checkpoints: Checkpoints) -> bool:
+    """Write the final model; False if that was done before."""
+    about = {"step": ready.course.total_steps, "tokens": ready.course.tokens[-1][0]}
+    return write_final(run, checkpoints, ready.model, ready.chat.tokenizer, about)
 
 
 def where_to_go_on(ready: Prepared, run: Run, checkpoints: Checkpoints) -> tuple[Path | None, int]:
@@ -339,17 +320,14 @@ def where_to_go_on(ready: Prepared, run: Run, checkpoints: Checkpoints) -> tuple
     return path, step
 
 
-def train(ready: Prepared, run: Run, checkpoints: Checkpoints) -> tuple[int, PreTrainedModel | None]:
-    """Train the steps that are left; returns 0, or EXIT_STOPPED if a signal asked to stop, and the model.
-
-    A model in shards is in one piece on the main process alone.
-    """
+def train(ready: Prepared, run: Run, checkpoints: Checkpoints) -> int:
+    """Train the steps that are left; returns 0, or EXIT_STOPPED if a signal asked to stop."""
     path, first_step = where_to_go_on(ready, run, checkpoints)
     if first_step == ready.course.total_steps:
-        load_weights(path, ready.model)
+        load_any(path, ready.model, optimizer_of(ready.args, ready.model))
         if not (run.folder / "logs/eval.jsonl").exists():  # of another run's checkpoint
-            look(ready, run, ready.model.to(run.accelerator.device), first_step)
-        return 0, ready.model
+            look(ready, run, ready.model if ready.args.fsdp else ready.model.to(run.accelerator.device), first_step)
+        return 0
     config = trl_config(ready.args, ready.course, first_step, run.accelerator)
     trainer = ChatTrainer(
         ready.args, config, ready.course, run, ready.model, ready.chat.tokenizer, checkpoints, (path, first_step),
@@ -357,8 +335,8 @@ def train(ready: Prepared, run: Run, checkpoints: Checkpoints) -> tuple[int, Pre
     )  # fmt: skip
     trainer.train()
     if trainer.stopped:
-        say_stopped(trainer)
-    return EXIT_STOPPED if trainer.stopped else 0, (trainer.whole or trainer).model
+        say_stopped(run, checkpoints, trainer.step, trainer.stopped)
+    return EXIT_STOPPED if trainer.stopped else 0
 
 
 def main(args: Args) -> int:
@@ -383,11 +361,10 @@ def main(args: Args) -> int:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         if course.collator.reach is None:
             run.log.say("the model would mix conversations that share a row: each gets a row of its own")
-        checkpoints = Checkpoints(run.folder / "checkpoints", args.max_step_checkpoints)
-        run.at_end.callback(checkpoints.close)
-        code, model = train(ready, run, checkpoints)
+        checkpoints = open_checkpoints(run, ready.model, args.max_step_checkpoints)
+        code = train(ready, run, checkpoints)
         if code == 0:
-            written = finish(ready, run, checkpoints, model)
+            written = finish(ready, run, checkpoints)
             if run.accelerator.is_main_process and (written or not (run.folder / "results.json").is_file()):
                 measured = [loss_and_perplexity(row["loss"]) for row in records(run.folder, "eval")]
                 write_results(run, {"step": course.total_steps, "before": measured[0], "after": measured[-1]}, begun)

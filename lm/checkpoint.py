@@ -40,16 +40,17 @@ class Checkpoints:
     save finds another one still being written. It is page-locked if the model is on a GPU.
     """
 
-    on_every_process = False  # the main one alone saves
-
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, main: bool = True):
+        self.folder, self.keep, self.main = folder, keep, main
         self._writer = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: list[futures.Future] = []  # writes that are not done, or have failed
         self._idle: list[dict[str, torch.Tensor]] = []  # copies that no write reads any more
 
     def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Copy everything now, write it in the background. Waits only if two writes are not done yet."""
+        """Copy everything now, write it in the background; nothing but in the main process. Waits only if two writes are not
+        done yet."""
+        if not self.main:
+            return
         weights, moments = model.state_dict(), _moments(model, optimizer)
         without = [name for name, parameter in model.named_parameters() if not optimizer.state.get(parameter)]
 
@@ -69,6 +70,8 @@ class Checkpoints:
 
     def save_model(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict) -> None:
         """Write model and tokenizer alone, in the background, as a folder that transformers loads; replaces `path`."""
+        if not self.main:
+            return
 
         def publish(copies: dict[str, torch.Tensor]) -> None:
             def write(folder: Path) -> None:
@@ -117,9 +120,9 @@ class Checkpoints:
         """Return once nothing is being written, whether that failed or not."""
         self._writer.shutdown()
 
-    def idle(self) -> bool:
-        """Whether nothing is being written."""
-        return all(write.done() for write in self._pending)
+    def idle(self, seconds: float = 0.0) -> bool:
+        """Whether nothing is being written, now or at most these seconds from now."""
+        return not futures.wait(self._pending, seconds).not_done
 
     def failed(self) -> bool:
         """Whether a background write has failed since; `wait` then raises."""

@@ -4,8 +4,6 @@ A block's parameters are whole only while it computes. The forward pass is then 
 evaluation: each must make as many of them as the others.
 """
 
-import os
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -90,8 +88,3 @@ def _mesh(accelerator: Accelerator) -> DeviceMesh:
     if not dist.is_initialized():  # a single process, which accelerate makes no group for
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-
-
-def expect_cpu_offload() -> None:
-    """Have accelerate make process groups that serve tensors in CPU memory too; before it makes any."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from lm.args import RunArgs
@@ -130,8 +130,8 @@ def kill_loaders() -> None:
         loader.kill()
 
 
-def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
-    """The processes of this run, each with its device.
+def start_accelerator(precision: str, force_cpu: bool, cpu_offload: bool = False) -> Accelerator:
+    """The processes of this run, each with its device; with `cpu_offload` they can exchange what is in CPU memory too.
 
     Raises: RuntimeError if the launcher started another number of processes than believe to work together;
         ValueError for fp16 without a GPU.
@@ -145,6 +145,8 @@ def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
             "accelerate launch was asked for several processes and started one, as it does with --cpu: leave out --cpu and"
             " pass --multi_gpu (without a GPU too), or --num_processes 1; or unset MASTER_PORT if you exported it"
         )
+    if cpu_offload and not cpu:
+        _serve_cpu_tensors_too()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
@@ -153,6 +155,15 @@ def start_accelerator(precision: str, force_cpu: bool) -> Accelerator:
             " they would all train the same and write the same files; start them with accelerate launch --multi_gpu"
         )
     return accelerator
+
+
+def _serve_cpu_tensors_too() -> None:
+    """Have accelerate make process groups of NCCL and gloo, and not take over the dividing of the model, as these names ask."""
+    names = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
+    os.environ.update(names)
+    PartialState()
+    for name in names:
+        del os.environ[name]
 
 
 def set_numerics(args: RunArgs) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lm import draws
 from lm.args import RunArgs
@@ -59,16 +59,13 @@ class Session:
         identity: dict[str, Any],
     ):
         self.args, self.run, self.accelerator, self.bare, self.loss_sum = args, run, run.accelerator, bare, loss_sum
-        folder, keep = run.folder / "checkpoints", args.max_step_checkpoints
         if is_sharded(bare):  # for its autocast alone: nothing is to be wrapped or moved
             self.model = self.accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
             self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            self.checkpoints = ShardedCheckpoints(folder, keep, self.accelerator.is_main_process)
         else:
             self.model, self.optimizer = self.accelerator.prepare(bare, optimizer)
-            self.checkpoints = Checkpoints(folder, keep)
+        self.checkpoints = open_checkpoints(run, bare, args.max_step_checkpoints)
         settle(self.accelerator, self.model, send_to_device(sample, self.accelerator.device), loss_sum)
-        run.at_end.callback(self.checkpoints.close)
         self.progress, self.identity = progress, identity
         self.rollbacks: Counter[int] = Counter()
         self._rolled_back: dict[str, Any] = {}  # what the event says of it
@@ -152,27 +149,7 @@ class Session:
 
     def finish(self, tokenizer, about: dict[str, Any]) -> bool:
         """Write the final model, with what its folder says of it; False if that was done before."""
-        final = self.run.folder / "final"
-        self._finish_writing()
-
-        def is_written() -> bool:
-            if final.exists() and (fault := damage(final)):
-                self.run.log.say(f"warning: {final} is damaged ({fault}): setting it aside, and writing it again")
-                set_aside(final, "damaged")
-            return final.exists() and read_json(final / "about.json", "the training script") == about
-
-        if main_decides(self.accelerator, is_written):
-            self.run.log.say(f"{self.run.folder} was finished before")
-            return False
-        if self._saves:
-            self.checkpoints.save_model(final, self.bare, tokenizer, about)
-        self._finish_writing()
-        self.run.log.event("finished", **about)
-        return True
-
-    @property
-    def _saves(self) -> bool:
-        return self.accelerator.is_main_process or self.checkpoints.on_every_process
+        return write_final(self.run, self.checkpoints, self.bare, tokenizer, about)
 
     def _agree_to_stop(self) -> int:
         """The signal that came to any process, or 0. Raises: RuntimeError if a checkpoint could not be written."""
@@ -182,19 +159,10 @@ class Session:
         return stop
 
     def _finish_writing(self) -> None:
-        """Return, on every process, once nothing is being written. Raises: RuntimeError on each of them if a write failed."""
-        failure = None
-        try:
-            self.checkpoints.wait()
-        except RuntimeError as error:
-            failure = error
-        (failed,) = self.run.agree(failure is not None)
-        if failed:
-            raise failure or RuntimeError("the main process could not write a checkpoint: its message says why")
+        finish_writing(self.run, self.checkpoints)
 
     def _say_stopped(self, stop: int) -> None:
-        self._finish_writing()
-        self.run.log.event("stopped", step=self.progress.step, signal=signal.Signals(stop).name)
+        say_stopped(self.run, self.checkpoints, self.progress.step, stop)
 
     def _restore(self, path: Path) -> None:
         """Make everything what it was when this checkpoint was saved."""
@@ -216,10 +184,9 @@ class Session:
     def _save(self) -> None:
         """Checkpoint everything; the log up to here is made durable first."""
         self.run.log.sync()
-        if self._saves:
-            scaler = self.accelerator.scaler
-            state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}
-            self.checkpoints.save(self.progress.step, self.bare, self.optimizer, state)
+        scaler = self.accelerator.scaler
+        state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}
+        self.checkpoints.save(self.progress.step, self.bare, self.optimizer, state)
 
     def _roll_back(self) -> None:
         """Return to the newest good checkpoint, and step over the data from there up to and with the step that failed.
@@ -249,3 +216,53 @@ class Session:
         self._save()
         self._finish_writing()
         self.run.log.event("rolled_back", **self._rolled_back)
+
+
+def open_checkpoints(run: Run, model: PreTrainedModel, keep: int) -> Checkpoints:
+    """The run's checkpoints, each process's part of its own if the model is divided; closed when the run is left."""
+    kind = ShardedCheckpoints if is_sharded(model) else Checkpoints
+    checkpoints = kind(run.folder / "checkpoints", keep, run.accelerator.is_main_process)
+    run.at_end.callback(checkpoints.close)
+    return checkpoints
+
+
+def finish_writing(run: Run, checkpoints: Checkpoints) -> None:
+    """Return, on every process, once nothing is being written. Raises: RuntimeError on each of them if a write failed."""
+    while any(run.agree(not checkpoints.idle(1.0))):  # NCCL ends a process that has waited for another for ten minutes
+        pass
+    failure = None
+    try:
+        checkpoints.wait()
+    except RuntimeError as error:
+        failure = error
+    (failed,) = run.agree(failure is not None)
+    if failed:
+        raise failure or RuntimeError("the main process could not write a checkpoint: its message says why")
+
+
+def say_stopped(run: Run, checkpoints: Checkpoints, step: int, stop: int) -> None:
+    """The event of a run that a signal has stopped, once its checkpoint is written."""
+    finish_writing(run, checkpoints)
+    run.log.event("stopped", step=step, signal=signal.Signals(stop).name)
+
+
+def write_final(
+    run: Run, checkpoints: Checkpoints, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict[str, Any]
+) -> bool:
+    """Write the run's final model, with what its folder says of it; False if that was done before."""
+    final = run.folder / "final"
+    finish_writing(run, checkpoints)
+
+    def is_written() -> bool:
+        if final.exists() and (fault := damage(final)):
+            run.log.say(f"warning: {final} is damaged ({fault}): setting it aside, and writing it again")
+            set_aside(final, "damaged")
+        return final.exists() and read_json(final / "about.json", "the training script") == about
+
+    if main_decides(run.accelerator, is_written):
+        run.log.say(f"{run.folder} was finished before")
+        return False
+    checkpoints.save_model(final, model, tokenizer, about)
+    finish_writing(run, checkpoints)
+    run.log.event("finished", **about)
+    return True

@@ -1,7 +1,6 @@
 """trl's SFTTrainer with the checkpoints, records and stops of every other trainer here."""
 
 import math
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from lm import draws
-from lm.checkpoint import Checkpoints, load_checkpoint
-from lm.fsdp import reshard
-from lm.models import load_weights
+from lm.checkpoint import Checkpoints
+from lm.fsdp import is_sharded, reshard, whole
 from lm.optim import set_beta1
 from lm.run import Run
 from lm.schedule import Schedule
+from lm.session import finish_writing
 from lm.sft_batches import Collator
-from lm.sft_sharded import Whole
+from lm.sharded_checkpoint import load_any
 from lm.trainer_args import TrainerArgs, optimizer_of
 
 
@@ -64,9 +63,8 @@ class ChatTrainer(SFTTrainer):
         self.own, self.course, self.run, self.checkpoints, self.look = args, course, run, checkpoints, look
         self.resume_path, self.first_step = resume
         self.stopped = 0  # the signal that asked for it
-        self.whole = Whole(model, self.make_optimizer, run.accelerator) if config.fsdp else None
-        if self.whole and self.resume_path:
-            load_weights(self.resume_path, model)
+        if is_sharded(model):  # as transformers itself may do while it loads: then its Trainer leaves the model as it is
+            model._is_distributed_loading_by_transformers = True
         model.accepts_loss_kwargs = True  # whatever its forward says: the loss is divided by the tokens of the whole step
         rows = len(course.dataset) // course.total_steps
         left = course.dataset.select(range(self.first_step * rows, len(course.dataset)))
@@ -81,13 +79,9 @@ class ChatTrainer(SFTTrainer):
         """Finished optimizer steps of the whole run."""
         return self.first_step + self.state.global_step
 
-    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name."""
-        return optimizer_of(self.own, model)
-
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """That of the model which is trained."""
-        self.optimizer = self.make_optimizer(model or self.model)
+        """The optimizer that the arguments name."""
+        self.optimizer = optimizer_of(self.own, model or self.model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -98,12 +92,8 @@ class ChatTrainer(SFTTrainer):
 
     def begin(self) -> None:
         """Put weights and moments of the checkpoint back, or evaluate and save the beginning."""
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise RuntimeError("--fsdp full_shard is not in force: start sft.py with accelerate launch on several GPUs")
-        if self.resume_path is not None and not self.whole:
-            load_checkpoint(self.resume_path, self.model, self.optimizer)
-        elif self.step > 0:
-            self.whole.restore_moments(self.resume_path, self.model, self.optimizer.optimizer)
+        if self.resume_path is not None:
+            load_any(self.resume_path, self.model, self.optimizer)
         own = self.resume_path is not None and self.resume_path.resolve().parent == self.checkpoints.folder.resolve()
         if self.step == 0 or not own:
             self.evaluate_here()
@@ -113,16 +103,16 @@ class ChatTrainer(SFTTrainer):
     def save(self) -> None:
         """Checkpoint everything; the log up to here is made durable first."""
         self.run.log.sync()
-        if self.whole:
-            self.whole.gather(self.model, self.optimizer.optimizer)
-        if self.accelerator.is_main_process:
-            kept = self.whole or self
-            self.checkpoints.save(self.step, kept.model, kept.optimizer, {"identity": self.course.identity})
+        self.checkpoints.save(self.step, self.model, self.optimizer, {"identity": self.course.identity})
 
     def evaluate_here(self) -> None:
         """Evaluate the model as it is."""
         self.look(self.model, self.step)
         reshard(self.model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Of all processes together."""
+        return whole(super()._get_grad_norm(model, grad_norm))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record a step, before it can be saved. Raises: RuntimeError, on every process, if it was not finite."""
@@ -175,21 +165,3 @@ class StepCallback(TrainerCallback):
         control.should_save = bool(stop) or done or trainer.step % trainer.own.checkpoint_interval_steps == 0
         if stop and not done:
             trainer.stopped, control.should_training_stop = stop, True
-
-
-def say_stopped(trainer: ChatTrainer) -> None:
-    """The event of a run that a signal has stopped, once its checkpoint is written."""
-    finish_writing(trainer.run, trainer.checkpoints)
-    trainer.run.log.event("stopped", step=trainer.step, signal=signal.Signals(trainer.stopped).name)
-
-
-def finish_writing(run: Run, checkpoints: Checkpoints) -> None:
-    """Return, on every process, once nothing is being written. Raises: RuntimeError on each of them if a write failed."""
-    failure = None
-    try:
-        checkpoints.wait()
-    except RuntimeError as error:
-        failure = error
-    (failed,) = run.agree(failure is not None)
-    if failed:
-        raise failure or RuntimeError("the main process could not write a checkpoint: its message says why")

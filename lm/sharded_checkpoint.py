@@ -33,11 +33,8 @@ class ShardedCheckpoints(Checkpoints):
     threads would mix.
     """
 
-    on_every_process = True
-
     def __init__(self, folder: Path, keep: int, main: bool):
-        super().__init__(folder, keep)
-        self.main = main
+        super().__init__(folder, keep, main)
         self._group = dist.new_group(backend="gloo")
         self._mesh = DeviceMesh("cpu", torch.arange(dist.get_world_size()))  # of the copies
 

@@ -3,11 +3,15 @@
 import importlib.util
 import os
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from lm.args import RunArgs, below, not_positive, outside_0_to_1
+from lm.fsdp import shard
+from lm.measure import DTYPES
 from lm.optim import Decay, OptimizerName, make_optimizer
 from lm.schedule import Schedule, ScheduleName
 
@@ -95,6 +99,33 @@ class TrainerArgs(RunArgs):
         """The schedule that these arguments name."""
         options = {name: getattr(self, name) for name in SCHEDULE[1:]}
         return Schedule(name=self.schedule, total_steps=total_steps, tokens_per_step=tokens_per_step, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeModelArgs(TrainerArgs):
+    """What trains a model that would not fit otherwise."""
+
+    fsdp: Literal["full_shard"] | None = None
+    """full_shard: divide weights, gradients and moments among the processes (FSDP2); by default each has all of them."""
+    cpu_offload: bool = False
+    """With --fsdp: keep them in CPU memory, where the optimizer computes too."""
+    grad_checkpoint: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values themselves."""
+        found = super().faults()
+        if self.cpu_offload and not self.fsdp:
+            found.append("--cpu_offload without --fsdp: pass --fsdp full_shard too")
+        return found
+
+
+def lay_out_memory(args: LargeModelArgs, model: PreTrainedModel, accelerator: Accelerator, precision: str) -> None:
+    """Do to the model what these arguments say, before its optimizer is made."""
+    if args.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.fsdp:
+        shard(model, accelerator, DTYPES[precision], args.cpu_offload)
 
 
 def optimizer_of(args: TrainerArgs, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """Fine-tuning to chat: what is read, what is trained of it, and that no kill, signal or split of a batch changes the result."""
 
 import gzip
+import itertools
 import json
 import re
 import signal
@@ -23,6 +24,7 @@ from lm.chat_format import ChatFormat
 from lm.conversations import find_conversations, held_out_beside, read_conversations
 from lm.files import read_jsonl, sha256
 from lm.models import load_model
+from lm.parts import in_parts
 from lm.runlog import records
 from lm.sft_batches import IGNORED, Collator, order_of
 
@@ -451,40 +453,34 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpo
     assert not (world / "diverged/final").exists()
 
 
-def pretend_gpus() -> None:
-    """Accelerate shards over several GPUs alone; FSDP2 itself works on CPUs too."""
-    from accelerate import DistributedType, PartialState
-
-    made = PartialState.__init__
-
-    def init(self, *args, **kwargs):
-        made(self, *args, **kwargs)
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = init
-
-
-def test_a_sharded_run_saves_whole_checkpoints_that_any_layout_goes_on_from(world):
-    options = {"dropout": 0.0, "micro_batch": 2, "environment": {"ACCELERATE_USE_CPU": "true"}}
-    for fsdp, stop_at in (("full_shard", 3), ("none", 6), ("full_shard", None)):
-        shim = pretend_gpus if fsdp != "none" else None
-        started = start(world, "sharded", 2, shim, fsdp=fsdp, **options)
+def test_a_divided_run_is_that_of_one_process_and_any_layout_goes_on_from_it(world):
+    options = {"dropout": 0.0, "micro_batch": 2, "max_step_checkpoints": 9}
+    for processes, fsdp, stop_at in ((2, "full_shard", 3), (1, None, 6), (2, "full_shard", None)):
+        started = start(world, "divided", processes, fsdp=fsdp, grad_checkpoint=stop_at is None, **options)
         if stop_at:
-            wait_for_step(world, "sharded", stop_at, started)
+            wait_for_step(world, "divided", stop_at, started)
             started.send(signal.SIGUSR1)
-        assert started.wait() == [75 if stop_at else 0] * 2, started.said()
-    run(world, "unsharded", dropout=0.0)
+        assert started.wait() == [75 if stop_at else 0] * processes, started.said()
+    written = [in_parts(path) for path in sorted((world / "divided/checkpoints").glob("step_*"))]
+    assert [layout for layout, _ in itertools.groupby(written)] == [True, False, True]
+    run(world, "undivided", dropout=0.0)
     for name, key in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
-        expected = [record[key] for record in records(world / "unsharded", name)]
-        assert [record[key] for record in records(world / "sharded", name)] == pytest.approx(expected, rel=2e-4)
-    assert AutoModelForCausalLM.from_pretrained(world / "sharded/final").num_parameters() > 0
+        expected = [record[key] for record in records(world / "undivided", name)]
+        assert [record[key] for record in records(world / "divided", name)] == pytest.approx(expected, rel=2e-4)
+    assert AutoModelForCausalLM.from_pretrained(world / "divided/final").num_parameters() > 0
 
 
-def test_sharding_without_gpus_is_refused(world):
-    started = start(world, "refused", fsdp="full_shard")
-    assert started.wait() == [1]
-    assert "--fsdp full_shard needs several GPUs" in started.said()
-    assert not (world / "refused").exists()
+def test_a_divided_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(world):
+    options = {"fsdp": "full_shard", "micro_batch": 2, "checkpoint_interval_steps": 2, "optimizer": "adafactor"}
+    run(world, "whole_way", 2, **options)
+    started = start(world, "divided_killed", 2, **options)
+    wait_for_step(world, "divided_killed", 5, started)
+    started.send(signal.SIGKILL)
+    started.wait()
+    run(world, "divided_killed", 2, **options)
+    found, expected = (outcome(world / name) for name in ("divided_killed", "whole_way"))
+    for name in ("final/model.safetensors", "train", "eval", "samples"):  # a shard lists what it holds in any order
+        assert found[name] == expected[name]
 
 
 def test_bad_arguments_and_data_end_it_before_anything_is_written(world, tmp_path):
@@ -495,7 +491,7 @@ def test_bad_arguments_and_data_end_it_before_anything_is_written(world, tmp_pat
         ({"epochs": 0.01}, "0.01 epochs of 64 conversations are not one step of 8"),
         ({"seq_len": 4}, "none of the 64 train conversations has a reply that ends within --seq_len 4"),
         ({"command": str(tmp_path)}, f"no model {tmp_path}"),
-        ({"output_dir": world / "base"}, "is a model, a folder of its own is needed"),
+        ({"output_dir": world / "base"}, "is no run and holds chat_template.jinja, a folder of its own is needed"),
     ]:
         started = start(world, "nothing", **changes)
         assert started.wait() == [1]
