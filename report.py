@@ -21,6 +21,7 @@ Writes  report/{context_loss,excess,loss_against_k}.png, report.json and report.
         report/ledger.json in the run's folder
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -415,7 +416,7 @@ def sweep(args: Sweep) -> None:
     tokens = runs[0].last_step * runs[0].run["derived"]["tokens_per_step"]
     lr_sweep_figure(folder / "sweep.png", losses, f"After {tokens:,} tokens")
     each = [
-        {"model": arm.model, "lr": lr, "seed": seed, "loss": loss}
+        {"model": arm.model, "lr": lr, "seed": seed, "loss": loss if math.isfinite(loss) else None}
         for arm in arms
         for lr, cell in arm.losses.items()
         for seed, loss in cell.items()
@@ -425,7 +426,14 @@ def sweep(args: Sweep) -> None:
     write_json(folder / "sweep.json", {"tokens": tokens, "models": [_plain(row) for row in rows], "found": said})
     lrs = sorted({lr for arm in arms for lr in arm.losses})
     table = [["model", "parameters", *[f"lr {lr:g}" for lr in lrs]]]
-    table += [[arm.model, f"{arm.parameters:,}", *[_text(*arm.mean(lr)) for lr in lrs]] for arm in arms]
+    table += [
+        [
+            arm.model,
+            f"{arm.parameters:,}",
+            *[_text(*arm.mean(lr)) if math.isfinite(arm.mean(lr)[0]) else "diverged" for lr in lrs],
+        ]
+        for arm in arms
+    ]
     print("\n".join([markdown(table), *said]))
     print(f"figure: {folder / 'sweep.png'}, results: {folder / 'sweep.json'}, {folder / 'sweep.jsonl'}")
 

@@ -25,10 +25,12 @@ class Arm:
 
     model: str
     parameters: int
-    losses: dict[float, dict[int, float]]  # by learning rate and seed
+    losses: dict[float, dict[int, float]]  # by learning rate and seed; infinite if the run diverged
 
     def mean(self, lr: float) -> tuple[float, float]:
-        """Mean and standard error over seeds; the latter NaN for a single one."""
+        """Mean and standard error over seeds; the latter NaN for a single one, and where a run diverged."""
+        if math.inf in self.losses[lr].values():
+            return math.inf, math.nan
         mean, error = over_runs(np.array(list(self.losses[lr].values())), np.full(1, math.nan))
         return float(mean), float(error)
 
@@ -46,8 +48,8 @@ class Arm:
 def read_arms(runs: Sequence[Pretraining]) -> list[Arm]:
     """The arms of a sweep, in the order in which their models come first.
 
-    Raises: ValueError, all faults together, if runs differ in something else, lack a partner at some rate and seed, or are one
-        run twice.
+    Raises: ValueError, all faults together, if runs differ in something else, lack a partner at some rate and seed, are one run
+        twice, or if there is no rate at which none of a model's runs diverged.
     """
     first, faults, by_model = runs[0], [], defaultdict(lambda: defaultdict(dict))
     for run in runs:
@@ -58,14 +60,14 @@ def read_arms(runs: Sequence[Pretraining]) -> list[Arm]:
                 f"{run.folder} differs from {first.folder} in {', '.join(differing)}, no more than models, rates and seeds"
                 " may differ: leave it out"
             )
-        if not run.finished:
+        if not (run.finished or run.diverged):
             faults.append(f"{run.folder} is at step {run.last_step}, not finished: wait for it, or leave it out")
         args = run.run["args"]
         cell = by_model[args["model"]][float(args["lr"])]
         if args["seed"] in cell:
             faults.append(f"{run.folder} is a second run of {args['model']}, lr {args['lr']:g}, seed {args['seed']}: pass one")
         elif run.held_out:
-            cell[args["seed"]] = run.held_out[-1]["c4_loss"]
+            cell[args["seed"]] = math.inf if run.diverged else run.held_out[-1]["c4_loss"]
     cells = {(lr, seed) for losses in by_model.values() for lr, cell in losses.items() for seed in cell}
     if len({frozenset(seed for at, seed in cells if at == lr) for lr, _ in cells}) > 1:
         faults.append("the learning rates have not all the same seeds: make the runs that are missing, or leave some out")
@@ -74,6 +76,8 @@ def read_arms(runs: Sequence[Pretraining]) -> list[Arm]:
         if missing := sorted(cells - there):
             lr, seed = missing[0]
             faults.append(f"{len(missing)} runs of {model} are missing (the first: lr {lr:g}, seed {seed}): make them")
+        if all(math.inf in cell.values() for cell in losses.values()):
+            faults.append(f"runs of {model} diverged at each learning rate: try lower ones")
     if faults:
         raise ValueError("\n".join(faults))
     parameters = {run.run["args"]["model"]: run.run["derived"]["num_parameters"] for run in runs}

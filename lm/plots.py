@@ -275,13 +275,18 @@ def lr_range_figure(
 
 
 def lr_sweep_figure(path: Path, losses: dict[str, dict[float, Sequence[float]]], title: str) -> None:
-    """Loss at the end of each run against its learning rate (log axis): a point for each seed, a line through their means."""
+    """Loss at the end of each run against its learning rate (log axis): a point for each seed, a line through their means.
+
+    Runs that diverged, of infinite loss, have no point, and the line a gap.
+    """
     with figure(path, width=7.5) as (axes,):
         for number, (label, by_lr) in enumerate(losses.items()):
-            points = [(lr, loss) for lr, of_seeds in by_lr.items() for loss in of_seeds]
+            points = [(lr, loss) for lr, of_seeds in by_lr.items() for loss in of_seeds if np.isfinite(loss)]
             axes.scatter(*zip(*points, strict=True), color=f"C{number}", s=22, alpha=0.5)
             means = [np.mean(of_seeds) for of_seeds in by_lr.values()]
-            axes.plot(list(by_lr), means, color=f"C{number}", marker="_", ms=12, label=label)
+            axes.plot(
+                list(by_lr), np.where(np.isfinite(means), means, np.nan), color=f"C{number}", marker="_", ms=12, label=label
+            )
         axes.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss (nats per token)", title=title)
         ticks = sorted({lr for by_lr in losses.values() for lr in by_lr})
         axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])

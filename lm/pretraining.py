@@ -34,6 +34,7 @@ class Pretraining:
     train: list[dict[str, Any]]  # the records of steps
     held_out: list[dict[str, Any]]  # the records of evaluations, the first of them before step 1
     finished: bool
+    diverged: bool = False  # it has given up: loss or gradient stayed non-finite
 
     @property
     def last_step(self) -> int:
@@ -97,7 +98,9 @@ def read_pretrainings(folders: Sequence[Path]) -> list[Pretraining]:
         train, held_out = (whole_lines(folder / "logs" / file, "step") for file in ("train.jsonl", "eval.jsonl"))
         last_step = max([record["step"] for record in train + held_out], default=0)
         label = name if len(set(names)) == len(names) else str(folder)
-        runs.append(Pretraining(folder, label, run, train, held_out, is_finished(folder, last_step, MADE_BY)))
+        events = whole_lines(folder / "events.jsonl", "event")
+        diverged = bool(events) and events[-1]["event"] == "diverged"
+        runs.append(Pretraining(folder, label, run, train, held_out, is_finished(folder, last_step, MADE_BY), diverged))
     return runs
 
 

@@ -200,6 +200,7 @@ class Session:
         step, first = self.progress.step, self.progress.data_step
         self.rollbacks[step] += 1
         if self.rollbacks[step] > MAX_ROLLBACKS:
+            self.run.log.event("diverged", step=failed_at)
             raise RuntimeError(
                 f"{MAX_ROLLBACKS} stretches of data after {path.name} all made the loss or gradient non-finite: the data is not"
                 f" the cause; lower --lr, or look at {self.run.folder}/problematic_batch.pt and events.jsonl"

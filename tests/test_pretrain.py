@@ -28,6 +28,7 @@ import pretrain
 from lm.files import read_jsonl, sha256
 from lm.loss import mixed_loss
 from lm.models import build_model, load_model
+from lm.pretraining import read_pretrainings
 from lm.runlog import records
 from lm.shards import Pack
 
@@ -631,3 +632,12 @@ def test_a_synthetic_example_that_does_not_fit_is_refused_before_training(here, 
     ):
         here(data_dir=write_split(tmp_path / "long", rows, "mixin"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_whatever_it_trains_on_gives_up_and_says_so(here, tmp_path):
+    with pytest.raises(RuntimeError, match="all made the loss or gradient non-finite: the data is not the cause; lower --lr"):
+        here("diverging", lr=1e30, warmup_steps=0, checkpoint_interval_steps=1)
+    (found,) = read_pretrainings([tmp_path / "diverging"])
+    assert found.diverged
+    assert not found.finished
+    assert [event["event"] for event in events(tmp_path / "diverging")][-1] == "diverged"

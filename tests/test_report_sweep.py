@@ -81,3 +81,22 @@ def test_what_would_make_the_comparison_unfair_is_refused_all_together(tmp_path)
     assert f"{half} is at step 0, not finished" in said
     assert "runs of plain are missing (the first: lr 0.001, seed 0)" in said
     assert "runs of sine are missing (the first: lr 0.004, seed 3)" in said
+
+
+def diverge(folder):
+    with open(folder / "events.jsonl", "a") as file:
+        file.write('{"event": "diverged", "step": 50}\n')
+
+
+def test_a_rate_at_which_a_run_diverged_is_shown_and_never_the_best(tmp_path, capsys):
+    folders = write(tmp_path / "runs")
+    diverge(tmp_path / "runs/sine-0.004-1")
+    main(["sweep", *map(str, folders), f"--output_dir={tmp_path / 'report'}"])
+    assert capsys.readouterr().out.splitlines()[3].split("|")[5].strip() == "diverged"
+    written = json.loads((tmp_path / "report/sweep.json").read_text())
+    assert written["models"][1]["best_lr"] == 0.002
+    assert '"lr": 0.004, "seed": 1, "loss": null}' in (tmp_path / "report/sweep.jsonl").read_text()
+    for lr in (0.001, 0.002):
+        diverge(tmp_path / f"runs/sine-{lr}-0")
+    with pytest.raises(ValueError, match="runs of sine diverged at each learning rate: try lower ones"):
+        read_arms(read_pretrainings(folders))
