@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 set_hypothesis_home_dir(Path(__file__).parents[1] / ".cache/hypothesis")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it, and so their children do
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,13 +22,13 @@ from training import ROOT, flags, kill
 
 import lm.cleaning_stages
 import lm.documents
-from clean_corpus import Args, begin, job_of, main
+from clean_corpus import SUBMITTED, Args, begin, job_of, main
 from lm.cleaning import Steps, judge
 from lm.cleaning_slurm import chain
 from lm.cleaning_stages import STAGES, Plan, prepare, run_task
 from lm.corpus import open_stream, read_manifest
 from lm.deduplication import RECORD_BYTES, Runs, find_duplicates, first_duplicates, ranges_for, write_run
-from lm.files import read_json, read_sealed, sha256
+from lm.files import read_json, read_sealed, sha256, write_json
 
 PIECE = 12_000  # bytes, in place of 64 MB
 SHORT = "This is a sentence in plain English, which is too short to be a document of its own."
@@ -386,6 +386,22 @@ def test_all_faults_are_told_together_before_anything_is_read(args, tmp_path):
         assert fault in told
     assert re.search("shards.txt line 1: .*gone.jsonl", told)
     assert not args.output_dir.exists()
+
+
+def test_a_language_without_spaces_has_no_words_to_compare(args):
+    with pytest.raises(ValueError, match="--language zh has no spaces between words.*pass --no_minhash"):
+        main(replace(args, language="zh", gopher=False))
+    assert not args.output_dir.exists()
+
+
+def test_what_is_submitted_is_not_begun_again_unless_that_is_wanted(args, expected):
+    args.output_dir.mkdir()
+    begin(args.output_dir, job_of(args)[1])
+    write_json(args.output_dir / SUBMITTED, {"jobs": ["17", "18"]})
+    with pytest.raises(ValueError, match="was submitted as the SLURM jobs 17 18: wait for them, or scancel and --resubmit"):
+        main(args)
+    main(replace(args, resubmit=True))
+    assert content(args.output_dir) == expected
 
 
 @pytest.mark.parametrize("given", [{}, {"manifest": Path("x"), "documents": ("y",)}])
