@@ -164,7 +164,7 @@ def _rows(name: str) -> Iterator[tuple[str, Any, str | None]]:
             try:
                 row = parse_json(record.content, "it", "mend the line")
             except ValueError as error:
-                fault = f"is not JSON: {error}"
+                fault = f"is not JSON: {str(error).removeprefix('it is not JSON ')}"
         yield place(record, 0), row, fault
 
 

@@ -141,7 +141,7 @@ def undisturbed(world):
         (GOOD[1:], "begins with a reply: a user must speak first"),
         ([*GOOD, {"role": "system", "content": "s"}], "has a system message that is not the first: it may only stand there"),
         ([{"role": "user", "content": "x<|im_end|>"}, GOOD[1]], "has a special token in a text: <|im_end|> in message 1"),
-        ([{"role": "user", "content": "\ud800"}, GOOD[1]], "is not JSON: it is not JSON"),
+        ([{"role": "user", "content": "\ud800"}, GOOD[1]], "is not JSON: ("),
     ],
 )
 def test_a_bad_row_is_named_with_its_line_and_can_be_left_out(messages, fault, chat, tmp_path):
