@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lm import draws
 from lm.checkpoint import Checkpoints
-from lm.fsdp import is_sharded, reshard, whole
+from lm.fsdp import is_sharded, reshard
 from lm.optim import set_beta1
 from lm.run import Run
 from lm.schedule import Schedule
@@ -109,10 +109,6 @@ class ChatTrainer(SFTTrainer):
         """Evaluate the model as it is."""
         self.look(self.model, self.step)
         reshard(self.model)
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Of all processes together."""
-        return whole(super()._get_grad_norm(model, grad_norm))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record a step, before it can be saved. Raises: RuntimeError, on every process, if it was not finite."""
