@@ -16,6 +16,7 @@ from lm import draws
 from lm.checkpoint import Checkpoints
 from lm.fsdp import is_sharded, reshard
 from lm.optim import set_beta1
+from lm.recovery import ATTEMPTS
 from lm.run import Run
 from lm.schedule import Schedule
 from lm.session import finish_writing
@@ -63,6 +64,7 @@ class ChatTrainer(SFTTrainer):
         self.own, self.course, self.run, self.checkpoints, self.look = args, course, run, checkpoints, look
         self.resume_path, self.first_step = resume
         self.stopped = 0  # the signal that asked for it
+        self.skipped = 0  # steps in a row
         if is_sharded(model):  # as transformers itself may do while it loads: then its Trainer leaves the model as it is
             model._is_distributed_loading_by_transformers = True
         model.accepts_loss_kwargs = True  # whatever its forward says: the loss is divided by the tokens of the whole step
@@ -110,19 +112,30 @@ class ChatTrainer(SFTTrainer):
         self.look(self.model, self.step)
         reshard(self.model)
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the step's gradient, the same on every process; one that is not finite updates nothing on any of them."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(norm):
+            model.zero_grad(set_to_none=True)  # without a gradient no optimizer touches a parameter or its moments
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record a step, before it can be saved. Raises: RuntimeError, on every process, if it was not finite."""
+        """Record a step, before it can be saved. Raises: RuntimeError, on every process, after three that were not finite."""
         if "loss" in logs:
             read, trained = self.course.tokens[self.step]
-            values = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
-            if not math.isfinite(values["loss"] + values["grad_norm"]):
-                self.run.log.event("not_finite", step=self.step, **{name: str(value) for name, value in values.items()})
-                raise RuntimeError(
-                    f"step {self.step} has a loss of {values['loss']} and a gradient of norm {values['grad_norm']}, finite ones"
-                    f" are needed: the checkpoints in {self.checkpoints.folder} are from before; lower --lr or pass --precision"
-                    " fp32, with another --output_dir"
-                )
-            self.run.log.train(self.step, read, **values, assistant_tokens=trained)
+            loss, norm = logs["loss"], float(logs["grad_norm"])
+            self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
+            if self.skipped:
+                self._tr_loss.zero_()  # transformers takes off what it has logged, and NaN would stay
+                self.run.log.event("not_finite", step=self.step, in_a_row=self.skipped, loss=str(loss), grad_norm=str(norm))
+                if self.skipped == ATTEMPTS:
+                    raise RuntimeError(
+                        f"steps {self.step - ATTEMPTS + 1} to {self.step} had no finite loss and gradient (the last: {loss} and"
+                        f" {norm}), and changed nothing: the weights of step {self.step - ATTEMPTS} are the cause; lower --lr"
+                        " or pass --precision fp32, with another --output_dir"
+                    )
+                loss = norm = None
+            self.run.log.train(self.step, read, loss=loss, lr=logs["learning_rate"], grad_norm=norm, assistant_tokens=trained)
         self._metrics["train"].clear()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from chats import TEMPLATE, base_model, chat_tokenizer
 from launch import Launch
+from safetensors.torch import load_file
 from test_packing import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -442,15 +443,49 @@ def test_a_finished_run_is_left_as_it_is_and_another_in_its_folder_refused(world
     assert digests(undisturbed) == before
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpoint(world):
+def test_losses_that_stay_non_finite_end_the_run_and_change_nothing_more(world):
     started = start(world, "diverged", lr=1e30, warmup_steps=0, checkpoint_interval_steps=1)
     assert started.wait() == [1]
-    assert re.search(r"step \d+ has a loss of \S+ and a gradient of norm (nan|inf), finite ones are needed", started.said())
-    steps = [record["step"] for record in records(world / "diverged", "train")]
-    newest = sorted((world / "diverged/checkpoints").glob("step_????????"))[-1]
-    assert newest.name == f"step_{steps[-1] if steps else 0:08d}"
-    assert all(parameter.isfinite().all() for parameter in load_model(newest).parameters())
+    assert "steps 2 to 4 had no finite loss and gradient" in started.said()
+    assert [record["loss"] is None for record in records(world / "diverged", "train")] == [False, True, True]
+    found = sorted((world / "diverged/checkpoints").glob("step_????????"))
+    assert len({sha256(path / "model.safetensors") for path in found if path.name > "step_00000000"}) == 1
     assert not (world / "diverged/final").exists()
+
+
+def poison() -> None:
+    """A loss that is NaN in one process, in its second micro-batch of step 6."""
+    from accelerate import PartialState
+
+    from lm.sft_trainer import ChatTrainer
+
+    compute, seen = ChatTrainer.compute_loss, []
+
+    def poisoned(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        seen.extend([self.step] if self.model.training else [])
+        worst = PartialState().process_index == PartialState().num_processes - 1 and seen.count(5) == 2 and self.step == 5
+        return loss * float("nan") if worst else loss
+
+    ChatTrainer.compute_loss = poisoned
+
+
+@pytest.mark.parametrize(("processes", "fsdp"), [(1, None), (2, None), (2, "full_shard")])
+def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any_and_the_run_goes_on(processes, fsdp, world):
+    name = f"poisoned_{processes}_{fsdp}"
+    options = {"micro_batch": 4 // processes, "fsdp": fsdp, "checkpoint_interval_steps": 1, "max_step_checkpoints": STEPS}
+    started = start(world, name, processes, poison, **options)
+    assert started.wait() == [0] * processes, started.said()
+    moments = "shard-*" if fsdp else "optimizer.safetensors"
+    before, after = ((world / name / f"checkpoints/step_{step:08d}") for step in (5, 6))
+    for pattern in ("*.safetensors", moments):
+        pairs = zip(sorted(before.glob(pattern)), sorted(after.glob(pattern)), strict=True)
+        for first, second in pairs:
+            first, second = load_file(first), load_file(second)
+            assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert [record["step"] for record in records(world / name, "train") if record["loss"] is None] == [6]
+    assert len(records(world / name, "train")) == STEPS
+    assert [(row["event"], row.get("step")) for row in read_jsonl(world / name / "events.jsonl", "")][1] == ("not_finite", 6)
 
 
 def test_a_divided_run_is_that_of_one_process_and_any_layout_goes_on_from_it(world):
