@@ -189,7 +189,7 @@ def measure(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> dict[st
         encoded = encode_documents(tokenizer, batch)
         seconds += time.perf_counter() - begin
         for text, ids in zip(batch, encoded, strict=True):
-            text = normaliser.normalize_str(text)  # whose Unicode tables may be older than Python's
+            text = normaliser.normalize_str(text) if normaliser else text  # whose Unicode tables may be older than Python's
             if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
                 raise RuntimeError(f"a document does not come back from its ids: {text!r:.200}")
             num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + len(ids)

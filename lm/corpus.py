@@ -116,7 +116,7 @@ def _listed(manifest: Path, faults: list[str]) -> Iterator[tuple[str, os.stat_re
             if not (written := line.strip()):
                 continue
             name = os.path.normpath(os.path.join(folder, written))
-            fault, stat = _fault_of(name, written)
+            fault, stat = _fault_of(name, written, folder)
             if name in seen:
                 fault = f"{name} again, line {seen[name]} lists it: remove one"
             if fault:
@@ -126,9 +126,11 @@ def _listed(manifest: Path, faults: list[str]) -> Iterator[tuple[str, os.stat_re
             yield name, stat
 
 
-def _fault_of(name: str, written: str) -> tuple[str | None, os.stat_result | None]:
-    """What is wrong with a file of a manifest, and what the system knows of it."""
-    if not os.path.isabs(written) and os.path.normpath(written).split(os.sep)[0] == os.pardir:
+def _fault_of(name: str, written: str, folder: str) -> tuple[str | None, os.stat_result | None]:
+    """What is wrong with a file of a manifest in this folder, and what the system knows of it."""
+    if os.path.normpath(written).startswith(os.pardir + os.sep) and os.path.relpath(name, folder).startswith(
+        os.pardir + os.sep
+    ):
         return f"{written:.400} leaves the manifest's folder: write the whole path, or put the manifest above its files", None
     try:
         stat = os.stat(name)

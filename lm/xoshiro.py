@@ -10,7 +10,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-KERNELS = ("xoshiro.py", "graph_kernels.py", "text_kernels.py")
+KERNELS = ("xoshiro.py", "graph_kernels.py", "text_kernels.py", "document_kernels.py")
 
 
 def cache_folder(sources: Path) -> Path:

@@ -1,5 +1,6 @@
 """Nothing that is loaded runs code, and nothing that a run leaves holds a secret of its environment."""
 
+import ast
 import html
 import http.server
 import json
@@ -157,10 +158,18 @@ def test_nothing_in_the_project_unpickles_or_trusts():
     assert [
         line for line in lines if any(word in line[1] for word in ("torch.load(", "pickle.load", "allow_pickle=True"))
     ] == []
-    assert [line for line in lines if "trust_remote_code=True" in line[1]] == []
-    loading = [line for line in lines if ".from_pretrained(" in line[1] and "`" not in line[1]]
-    trusting = [line for line in loading if "trust_remote_code=False" not in line[1]]
-    assert trusting == [("models.py", "model, report = AutoModelForCausalLM.from_pretrained(")], "its options are in `safe`"
+    nodes = [(path.name, node) for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    said = [(name, node.value) for name, node in nodes if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"]
+    assert [name for name, value in said if not (isinstance(value, ast.Constant) and value.value is False)] == []
+    loading = [(name, node) for name, node in nodes if isinstance(node, ast.Call) and loads(node.func)]
+    assert len(loading) > 8
+    silent = [(name, ast.unparse(node)) for name, node in loading if "trust_remote_code" not in {k.arg for k in node.keywords}]
+    assert [name for name, _ in silent] == ["models.py"]
+    assert "**safe" in silent[0][1], "where it is False"
+
+
+def loads(function: ast.expr) -> bool:
+    return isinstance(function, ast.Attribute) and function.attr in ("from_pretrained", "from_config")
 
 
 def everything(folder: Path) -> bytes:
