@@ -426,14 +426,10 @@ def sweep(args: Sweep) -> None:
     write_json(folder / "sweep.json", {"tokens": tokens, "models": [_plain(row) for row in rows], "found": said})
     lrs = sorted({lr for arm in arms for lr in arm.losses})
     table = [["model", "parameters", *[f"lr {lr:g}" for lr in lrs]]]
-    table += [
-        [
-            arm.model,
-            f"{arm.parameters:,}",
-            *[_text(*arm.mean(lr)) if math.isfinite(arm.mean(lr)[0]) else "diverged" for lr in lrs],
-        ]
-        for arm in arms
-    ]
+    for arm in arms:
+        means = [arm.mean(lr) for lr in lrs]
+        cells = [_text(*mean) if math.isfinite(mean[0]) else "diverged" for mean in means]
+        table.append([arm.model, f"{arm.parameters:,}", *cells])
     print("\n".join([markdown(table), *said]))
     print(f"figure: {folder / 'sweep.png'}, results: {folder / 'sweep.json'}, {folder / 'sweep.jsonl'}")
 

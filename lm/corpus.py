@@ -128,9 +128,8 @@ def _listed(manifest: Path, faults: list[str]) -> Iterator[tuple[str, os.stat_re
 
 def _fault_of(name: str, written: str, folder: str) -> tuple[str | None, os.stat_result | None]:
     """What is wrong with a file of a manifest in this folder, and what the system knows of it."""
-    if os.path.normpath(written).startswith(os.pardir + os.sep) and os.path.relpath(name, folder).startswith(
-        os.pardir + os.sep
-    ):
+    above = os.pardir + os.sep
+    if os.path.normpath(written).startswith(above) and os.path.relpath(name, folder).startswith(above):
         return f"{written:.400} leaves the manifest's folder: write the whole path, or put the manifest above its files", None
     try:
         stat = os.stat(name)

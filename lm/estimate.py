@@ -228,9 +228,8 @@ def _free_memory() -> float:
     except (OSError, KeyError):  # not Linux: what there is at all
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with contextlib.suppress(OSError):  # no cgroups of version 2
-        return min(
-            free, free_in_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip())
-        )
+        own = Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        return min(free, free_in_cgroup(Path("/sys/fs/cgroup"), own))
     return free
 
 
