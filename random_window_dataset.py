@@ -21,6 +21,7 @@ from lm import draws
 from lm.papers import Papers, read_papers
 
 OTHER_PAPERS = 10  # tried when a window holds an id outside the vocabulary, before giving up
+DRAWN_AHEAD = 512  # examples at most, while they are asked for in order: these take three times as long to draw as 16
 
 Sampling = Literal["random", "permutation"]
 Weighting = Literal["paper", "token", "equal"]
@@ -111,6 +112,7 @@ class RandomWindowDataset(torch.utils.data.Dataset):
         self._cumulative[-1] = 1.0
         self._all_windows = np.lib.stride_tricks.sliding_window_view(papers.tokens, sequence_length + 1)
         self._order: tuple[int, np.ndarray] | None = None
+        self._located, self._papers, self._first_tokens = range(0), np.empty(0, np.int64), np.empty(0, np.int64)
 
     def _paper_weights(self, category_weighting: Weighting) -> np.ndarray:
         if category_weighting == "token":
@@ -146,22 +148,35 @@ class RandomWindowDataset(torch.utils.data.Dataset):
 
     def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Where examples start .. start + count - 1 are drawn: indices into `papers`, and first tokens within those papers."""
-        draw = draws.uniforms(self.seed, "window", start, count)
+        if start not in self._located or start + count > self._located.stop:
+            ahead = max(DRAWN_AHEAD // max(count, 1), 1) if start == self._located.stop else 1  # more of the same, in order
+            self._located = range(start, start + ahead * count)
+            self._papers, self._first_tokens = self._locate(self._located)
+        rows = slice(start - self._located.start, start - self._located.start + count)
+        return self._papers[rows].copy(), self._first_tokens[rows].copy()
+
+    def _locate(self, examples: range) -> tuple[np.ndarray, np.ndarray]:
+        draw = draws.uniforms(self.seed, "window", examples.start, len(examples))
         if self.sampling == "random":
             position = np.searchsorted(self._cumulative, draw[:, 0], side="right")
         else:
-            position = np.array([self._permuted(n) for n in range(start, start + count)], dtype=np.int64)
+            position = self._permuted(examples)
         paper = self.eligible[position]
         return paper, self._first_token(paper, draw[:, 1])
 
     def _first_token(self, paper: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         return (uniform * (self.papers.lengths[paper] - self.sequence_length)).astype(np.int64)
 
-    def _permuted(self, example: int) -> int:
-        epoch, item = divmod(example, len(self))
+    def _permuted(self, examples: range) -> np.ndarray:
+        epochs, items = np.divmod(np.array(examples, dtype=np.int64), len(self))
+        for epoch in np.unique(epochs).tolist():
+            items[epochs == epoch] = self._order_of(epoch)[items[epochs == epoch]]
+        return items
+
+    def _order_of(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, draws.permutation(self.seed, f"epoch/{epoch}", len(self))
-        return self._order[1][item]
+        return self._order[1]
 
     def sources(self, examples: range) -> list[tuple[str, int]]:
         """The paper id and first token of each example."""

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lm import draws
 from lm.micro_batches import Loader, rows_of_step
 from lm.papers import read_papers
 from random_window_dataset import RandomWindowDataset, choose_categories
@@ -95,6 +98,39 @@ def test_permutation_takes_every_paper_once_an_epoch_in_another_order(papers):
     assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     assert dataset.locate(40, 20)[0].tolist() == epochs[0][40:] + epochs[1][:10], "a batch may cross the end of an epoch"
+
+
+@pytest.mark.parametrize("sampling", ["random", "permutation"])
+def test_any_order_and_size_of_requests_gives_the_windows_of_one_request(sampling, papers):
+    few = with_lengths(papers, [150, 300] * 25)  # so that epochs end within a request
+    choice = {"sequence_length": 100, "sampling": sampling}
+    whole, *places = RandomWindowDataset(few, "train", **choice).draw(0, 2000)
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.lists(st.tuples(st.none() | st.integers(0, 1500), st.sampled_from([0, 1, 16, 24, 300]), st.integers(1, 5))))
+    def law(requests):
+        """Each begins somewhere or where the last one ended (None), and is followed by equal ones."""
+        dataset, start = RandomWindowDataset(few, "train", **choice), 0
+        for somewhere, count, repeats in requests:
+            start = start if somewhere is None else somewhere
+            for _ in range(repeats):
+                if start + count > len(whole):
+                    return
+                windows, *found = dataset.draw(start, count)
+                assert np.array_equal(windows, whole[start : start + count])
+                assert np.array_equal(found, np.array(places)[:, start : start + count])
+                start += count
+
+    law()
+
+
+def test_requests_in_order_are_drawn_together_and_single_ones_alone(papers, monkeypatch):
+    drawn, uniforms = [], draws.uniforms
+    monkeypatch.setattr(draws, "uniforms", lambda *about: drawn.append(about[2:]) or uniforms(*about))
+    dataset = RandomWindowDataset(papers, "train")
+    for start in [*range(0, 1024, 16), 5000, 5016, 5000, 7]:
+        dataset.windows(start, 16)
+    assert drawn == [(0, 512), (512, 512), (5000, 16), (5016, 512), (5000, 16), (7, 16)]
 
 
 def test_an_id_outside_the_vocabulary_gives_way_to_another_paper_the_same_at_every_draw(papers, capsys):
