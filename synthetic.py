@@ -50,7 +50,7 @@ class SyntheticExamples(torch.utils.data.Dataset):
         purpose: a name, so that training and evaluation draw other examples.
         reserved: digests (`prompt_digest`) of prompts that never come out.
         generator: "module:Class" of a published generator to take instead of the built-in one.
-        tokenizer: needed for `examples` and for `seq_len`.
+        tokenizer: needed for `examples` and for `seq_len`; or an Encoder, which takes half a second to make of a large one.
         seq_len: the most tokens of prompt, answer and end of sequence together; None sets no limit.
 
     Raises: ValueError, all faults of the arguments together, or as lm.graph_tokens.Encoder does.
@@ -64,7 +64,7 @@ class SyntheticExamples(torch.utils.data.Dataset):
         purpose: str = "train",
         reserved: frozenset[bytes] = frozenset(),
         generator: str | None = None,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: PreTrainedTokenizerFast | Encoder | None = None,
         seq_len: int | None = None,
     ):
         faults = task.faults()
@@ -79,7 +79,7 @@ class SyntheticExamples(torch.utils.data.Dataset):
         self.seq_len = seq_len
         self.current_index = 0  # how many examples iteration has handed out
         self._source = ExternalGenerator(generator, task, seed, purpose) if generator else BuiltIn(task, seed, purpose)
-        self._encoder = Encoder(tokenizer) if tokenizer is not None else None
+        self._encoder = tokenizer if tokenizer is None or isinstance(tokenizer, Encoder) else Encoder(tokenizer)
 
     @property
     def stage(self) -> int:
@@ -176,7 +176,7 @@ class SyntheticExamples(torch.utils.data.Dataset):
 def share_too_long(
     task: Task,
     stage: int,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | Encoder,
     seq_len: int,
     sample: int = 1000,
     generator: str | None = None,

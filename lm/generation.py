@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from lm.measure import DTYPES
+from lm.precision import autocast
 
 TOKENS_IN_A_PASS = 2**14  # padding and continuations included: what their keys and values take in memory
 
@@ -70,7 +70,7 @@ def pad_left(prompts: Sequence[np.ndarray], filler: int) -> tuple[torch.Tensor, 
 def _continue(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, precision: str) -> np.ndarray:
     """The ids that follow each row, filled up after an end."""
     device = model.device
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+    with autocast(device, precision):
         found = model.generate(ids.to(device), attention_mask=mask.to(device), return_dict_in_generate=True, output_logits=True)
     if any(logits.isnan().any() for logits in found.logits):
         raise RuntimeError("the model gives logits that are NaN: its weights are damaged, or try --precision fp32")

@@ -69,8 +69,8 @@ class Encoder:
         self._fixed = Pieces.of(
             [self._end if piece == END else ids.astype(np.int32) for piece, ids in zip(FIXED_PIECES, encoded, strict=True)]
         )
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self._begins_word = np.array([token.startswith(("Ġ", "▁")) for token in tokens])
+        self._begins_word = np.zeros(len(tokenizer), dtype=bool)
+        self._begins_word[[number for token, number in tokenizer.get_vocab().items() if token.startswith(("Ġ", "▁"))]] = True
         self.by_pieces = all(map(self._pieces_agree, _samples()))
         if not self.by_pieces:
             print("the tokenizer joins tokens across words: examples are encoded as whole texts, which is slower", flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+import orjson
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
@@ -72,7 +73,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     It covers normaliser, pre-tokeniser, model (vocabulary with ids, merges, options) and added tokens; saving, loading
     and earlier calls do not change it.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
     rules = {part: backend.get(part) for part in _DECIDES_IDS}
     # null, "" and false all mean "option not used", and writers differ in which one they choose
     rules["model"] = {option: value for option, value in rules["model"].items() if value}

@@ -1,0 +1,108 @@
+"""What a trainer does not load before its first step, and where its compiled kernels are kept.
+
+How long a start takes, python -m benchmarks.first_step measures.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training import ROOT, flags
+from world import World
+
+from lm.xoshiro import KERNELS, cache_folder
+
+# Each costs a tenth of a second to several. What transformers and accelerate import themselves (scipy, boto3, torch._dynamo)
+# cannot be helped.
+HEAVY = {"awkward", "bitsandbytes", "datasets", "datatrove", "evaluate", "gigatoken", "lm_eval", "matplotlib", "pandas", "peft"}
+HEAVY |= {"sklearn", "tensorboard", "torch._inductor.compile_fx", "transformers.trainer", "trl", "wandb"}
+WITHOUT = {"train": HEAVY | {"faker", "numba", "pyarrow"}, "pptrain": HEAVY | {"pyarrow"}, "pretrain": HEAVY}
+PREPARE = """
+import gc, json, sys
+import {trainer}
+from lm.args import parse
+collector = gc.isenabled(), gc.get_freeze_count() > 100_000
+{trainer}.prepare(parse({trainer}.Args, sys.argv[1:]))
+print(json.dumps([*collector, sorted(sys.modules)]))
+"""
+# Each process asks for one kind of code, and looks for a long time at what is kept before it adds to it.
+COMPILE = """
+import sys, time
+import numba.core.caching, numpy as np
+from lm.xoshiro import below
+of = numba.core.caching.IndexDataCacheFile
+load = of._load_index
+of._load_index = lambda self: (load(self), time.sleep(float(sys.argv[2])))[0]
+print([below(np.arange(4, dtype=np.uint64), np.dtype(kind).type(2**7 - 1)) for kind in sys.argv[1].split(",")])
+print(sum(below.stats.cache_misses.values()), "compiled")
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("start") / "world")
+
+
+@pytest.mark.parametrize("trainer", WITHOUT)
+def test_nothing_heavy_is_imported_before_a_run_begins(trainer, world, tmp_path):
+    given = flags(**world.options(trainer), output_dir=tmp_path / "run")
+    command = [sys.executable, "-c", PREPARE.format(trainer=trainer), *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    collecting, frozen, imported = json.loads(done.stdout.splitlines()[-1])
+    assert WITHOUT[trainer] & set(imported) == set()
+    assert (collecting, frozen) == (True, True), "the garbage collector works, but not on what was imported"
+    assert not (tmp_path / "run").exists()
+
+
+def sources(folder: Path) -> Path:
+    """The files that functions are compiled from, as far as `cache_folder` is concerned."""
+    folder.mkdir()
+    for name in KERNELS:
+        (folder / name).write_text("x = 1\n")
+    return folder
+
+
+def test_kernels_are_kept_with_the_user_where_the_code_cannot_be_written_to(tmp_path, monkeypatch):
+    code = sources(tmp_path / "code")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    beside = cache_folder(code)
+    assert beside.parent == code / "__pycache__"
+    beside.rmdir()
+    beside.parent.rmdir()
+    beside.parent.write_text("no folder can be made here, also not by root")
+    elsewhere = cache_folder(code)
+    assert elsewhere == tmp_path / "caches/small-lm-research" / beside.name
+    (code / KERNELS[-1]).write_text("x = 2\n")
+    assert cache_folder(code).parent == elsewhere.parent
+    assert cache_folder(code) != elsewhere
+
+
+def test_kernels_work_where_nothing_can_be_kept(tmp_path):
+    package = tmp_path / "lm"
+    package.mkdir()
+    for name in KERNELS:
+        (package / name).write_bytes((ROOT / "lm" / name).read_bytes())
+    (package / "__pycache__").write_text("no folder can be made here, also not by root")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "HOME": str(package / "__pycache__")}
+    environment = {name: value for name, value in environment.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, "-c", COMPILE, "int64", "0"], cwd=tmp_path, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_no_kernel_is_lost_that_processes_keep_at_once(tmp_path):
+    kinds = ("int64", "int32", "int16", "int8")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+
+    def start(what: str, pause: float) -> subprocess.Popen:
+        command = [sys.executable, "-c", COMPILE, what, str(pause)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    first = [process.communicate()[0] for process in [start(kind, 0.3) for kind in kinds]]
+    together = start(",".join(kinds), 0).communicate()[0].splitlines()
+    assert [text.splitlines()[0].strip("[]") for text in first] == together[0].strip("[]").split(", ")
+    assert [text.splitlines()[1] for text in first] == ["1 compiled"] * 4
+    assert together[1] == "0 compiled"
