@@ -33,7 +33,7 @@ import pretrain
 import train
 from lm.args import below, check, not_positive
 from lm.files import whole_file, write_json
-from lm.loss import mixed_loss, packed_loss
+from lm.loss import mixed_loss, next_token_loss, packed_loss
 from lm.lr_range import FEWEST_STEPS, Curve, Suggestions, range_test, rates, smooth, suggest
 from lm.micro_batches import rows_of_step
 from lm.models import num_parameters
@@ -127,7 +127,7 @@ def of_train(args: OfTrain) -> Trial:
     """Windows of papers."""
     ready = train.prepare(replace(args, upload_results_to_s3=False))
     plan, accelerator = ready.plan, ready.accelerator
-    loader = train.make_loader(args, plan, accelerator)
+    loader = train.make_loader(ready.args, plan, accelerator)
     weight = plan.tokens_per_step / accelerator.num_processes
 
     def steps() -> Iterator[tuple[list[Any], float]]:
@@ -135,7 +135,7 @@ def of_train(args: OfTrain) -> Trial:
             yield send_to_device(loader.step(step), accelerator.device), weight
 
     data = f"{', '.join(plan.train.categories)} of {args.data_dir}"
-    return Trial(accelerator, ready.model, train.window_loss, steps(), data, plan.effective_batch)
+    return Trial(accelerator, ready.model, next_token_loss, steps(), data, plan.effective_batch)
 
 
 def of_pptrain(args: OfPptrain) -> Trial:
@@ -167,7 +167,7 @@ def of_pretrain(args: OfPretrain) -> Trial:
 
     def steps() -> Iterator[tuple[list[Any], float]]:
         for step in itertools.count():
-            samples = rows_of_step(step, args.micro_batch, plan.grad_accum, accelerator)
+            samples = rows_of_step(step, ready.args.micro_batch, plan.grad_accum, accelerator)
             micro_batches = [plan.mixed.rows(rows, pass_blocks) for rows in samples]
             yield send_to_device(micro_batches, accelerator.device), weight
 

@@ -19,7 +19,6 @@ Exits   `plan`: 1 if a recipe is too short for it
 """
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -41,6 +40,7 @@ from lm.ladder_results import read_results
 from lm.ladder_run import Command, Environment, Runner, is_done
 from lm.plots import decisions_figure
 from lm.tables import markdown
+from lm.trainer_args import setup_of
 from pretrain import Args as PretrainArgs
 
 ROOT = Path(__file__).parent
@@ -131,6 +131,8 @@ class Run(Plan):
         found += below(self, 0, "num_fewshot")
         if self.per_gpu > 1 and self.processes_per_run > 1:
             found.append("--per_gpu and --processes_per_run are both above 1: share GPUs among runs, or spread runs over them")
+        if max(self.per_gpu, self.workers) > 1 and pretrain_args(self).micro_batch == "auto":
+            found.append("--micro_batch auto with runs that share memory, of which each would take all: pass a number after --")
         for text in self.texts:
             name, _, file = text.partition("=")
             if not name or not file or not Path(file).exists():
@@ -234,18 +236,19 @@ def one_node(number: int, processes: int, on_gpus: bool) -> Environment:
 
 def check_memory(args: Run, cells: Sequence[Cell], memory: int) -> None:
     """Raises: ValueError if --per_gpu runs of the largest size do not fit into `memory` bytes together."""
-    largest = max(cells, key=lambda cell: cell.memory(micro_batch_of(args)))
-    if (needed := args.per_gpu * largest.memory(micro_batch_of(args))) > memory:
+    largest, training = max(cells, key=lambda cell: cell.all_parameters), pretrain_args(args)
+    # On paper on a CPU: a GPU need not be there, and it takes a little more.
+    each = setup_of(training, largest.seq_len, args.processes_per_run, torch.device("cpu"), device_bytes=float(memory))
+    if (needed := args.per_gpu * largest.memory(each)) > memory:
         raise ValueError(
             f"--per_gpu {args.per_gpu} runs of {largest.size} need about {needed / 2**30:.0f} GiB, a GPU has"
             f" {memory / 2**30:.0f}: pass fewer, or a smaller one after -- --micro_batch"
         )
 
 
-def micro_batch_of(args: Plan) -> int:
-    """Rows in a forward pass of every run."""
-    found = re.search(r"--micro[_-]batch[ =](\d+)", " ".join(args.further))
-    return int(found[1]) if found else PretrainArgs.micro_batch
+def pretrain_args(args: Plan) -> PretrainArgs:
+    """What every run is told after " -- "."""
+    return parse(PretrainArgs, [f"--scratch_dir={args.ladder}", *args.further])
 
 
 def run(args: Run) -> int:

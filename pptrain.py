@@ -15,13 +15,17 @@ Writes  SCRATCH_DIR/pptrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/s
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
 
+from lm.imports import end_of_imports  # first: it acts while the others are imported
+
+# isort: split
 import copy
 import functools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,24 +34,28 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
-from lm.args import below, check, outside_0_to_1, parse
+from lm.args import Precision, below, check, outside_0_to_1, parse
 from lm.curriculum import next_stage
 from lm.graph_search import Task
+from lm.graph_tokens import Encoder
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Columns, Ledger
 from lm.loss import packed_loss
+from lm.micro_batch_size import with_micro_batch
 from lm.micro_batches import Loader, rows_of_step
 from lm.models import architecture, build_model, num_parameters
 from lm.packing import Batch, Loss, attention_reach, pack, row_ids, sees_only_itself
 from lm.profiling import part
 from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
 from lm.schedule import Schedule, ScheduleName
-from lm.session import Session
+from lm.session import Made, Session
 from lm.splits import Splits, read_splits
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import TrainerArgs, fall_back, optimizer_of
+from lm.trainer_args import MicroBatch, TrainerArgs, compile_blocks, fall_back, optimizer_of
 from synthetic import SyntheticExamples, share_too_long
+
+end_of_imports()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +87,9 @@ class Args(TrainerArgs):
 
     loss: Loss = "weighted"
     """weighted: all tokens, the answer half of each example's weight; answer_only: the answer's tokens and EOS alone."""
-    micro_batch: int = 2
-    """Examples in one forward pass of one process; they are packed, so a pass costs its tokens and no padding."""
+    micro_batch: MicroBatch = 2
+    """Examples in one forward pass of one process; they are packed, so a pass costs its tokens and no padding. auto: as many as
+    fit into the free memory if all are of --seq_len tokens; it needs --effective_batch."""
     grad_accum: int | None = None
     """Forward passes in one optimizer step; 2, or what follows from --effective_batch."""
     lr: float = 5e-4
@@ -89,7 +98,7 @@ class Args(TrainerArgs):
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     adam_beta2: float = 0.999
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
 
     start_stage: int = 1
     """First stage; with the last one, there is no curriculum."""
@@ -117,6 +126,8 @@ class Args(TrainerArgs):
         found += below(self, 1, "eval_subset_size", "log_every")
         found += below(self, 0, "num_workers")
         found += outside_0_to_1(self, "curr_threshold", "max_left_out")
+        if self.micro_batch == "auto" and self.effective_batch is None:
+            found.append("--micro_batch auto without --effective_batch, of which it is a part: pass it")
         if self.schedule == "gpt3":
             found.append("--schedule gpt3 counts tokens, of which a step of the curriculum has no fixed number: pass another")
         return found
@@ -154,7 +165,7 @@ class Progress(lm.session.Progress):
 # order). The names of model and tokenizer are free, what they stand for is not.
 FREE = {"output_dir", "scratch_dir", "data_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "max_steps"}
 FREE |= {"checkpoint_interval_steps", "max_step_checkpoints", "wandb_project", "wandb_run_name", "num_workers", "tokenizer"}
-FREE |= {"model", "log_every", "ledger", "dirty", "profile"}
+FREE |= {"model", "log_every", "ledger", "dirty", "profile", "compile"}
 FREE |= {"micro_batch", "grad_accum", "effective_batch", "max_input_size", "max_lookahead", "max_left_out"}
 
 
@@ -214,18 +225,24 @@ def train(args: Args, plan: Plan, session: Session, loader: Loader) -> int:
         with part("to_device"):
             micro_batches = send_to_device(micro_batches, accelerator.device, non_blocking=True)
         source = functools.partial(sources, data_step, session.progress.stage, plan, args, accelerator)
-        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
-        if result is None:
+        step += 1
+        logging, looking = (step % every == 0 or step == args.max_steps for every in (args.log_every, args.curr_check_every))
+        how = {"beta1": plan.schedule.beta1(step - 1), "look": logging or looking, "also": counts}
+        steps = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, **how)
+        if steps is None:
+            ledger.forget()
             session.end_rollback()
             continue
-        account(session.progress, args, result.outcomes, counts, accelerator)
-        progress, step = session.progress, step + 1
-        ledger.write(step, data_step)
+        account(session.progress, args, steps, accelerator)
+        for made in steps:
+            ledger.write(made.step, made.data_step)
+        progress = session.progress
         passed = step % args.curr_check_every == 0 and stage_is_passed(progress, args)
-        if step % args.log_every == 0 or passed or step == args.max_steps:
+        if logging or passed:
+            result = steps[-1].result
             values = {"curr_acc": progress.accuracy, "stage": progress.stage, "alpha": progress.stage / plan.task.max_lookahead}
             values |= {"grad_norm": result.grad_norm, "too_long": progress.too_long, "wait_sec": round(waited, 4)}
-            run.log.train(step, progress.tokens, loss=result.loss, lr=lr, **values)
+            run.log.train(step, progress.tokens, steps[-1].time, loss=result.loss, lr=lr, **values)
             waited = 0.0
         if passed:
             evaluate(args, plan, session)
@@ -246,15 +263,19 @@ def stage_is_passed(progress: Progress, args: Args) -> bool:
     return len(progress.recent) == args.curr_window and progress.accuracy >= args.curr_threshold
 
 
-def account(progress: Progress, args: Args, correct: tuple[torch.Tensor, ...], counts: list[int], accelerator: Accelerator):
-    """Add what all processes saw in one step: right and wrong answers in the order of the rows, targets, examples left out."""
-    own = torch.cat([torch.stack(correct).long().flatten(), torch.tensor(counts, device=accelerator.device)])
-    everyone = accelerator.gather(own[None]).cpu().numpy()
-    flags = everyone[:, : -len(counts)].reshape(accelerator.num_processes, len(correct), -1)
+def account(progress: Progress, args: Args, steps: Sequence[Made], accelerator: Accelerator) -> None:
+    """Add what all processes saw in these steps: right and wrong answers in the order of rows, targets, examples left out."""
+    if not steps:
+        return
+    right = torch.stack([torch.stack(made.result.outcomes) for made in steps])  # (steps, micro-batches, examples)
+    counts = torch.tensor([made.also for made in steps], device=accelerator.device)
+    own = torch.cat([right.long().flatten(1), counts], dim=1)
+    everyone = accelerator.gather(own[None]).cpu().numpy()  # (processes, steps, ...)
+    flags = everyone[:, :, : -counts.shape[1]].reshape(accelerator.num_processes, *right.shape)
     # micro-batch m of process p holds the rows after those of process p - 1: see rows_of_step
-    progress.recent = (progress.recent + flags.transpose(1, 0, 2).astype(bool).flatten().tolist())[-args.curr_window :]
-    progress.tokens += int(everyone[:, -2].sum())
-    progress.too_long += int(everyone[:, -1].sum())
+    progress.recent = (progress.recent + flags.transpose(1, 2, 0, 3).astype(bool).flatten().tolist())[-args.curr_window :]
+    progress.tokens += int(everyone[:, :, -2].sum())
+    progress.too_long += int(everyone[:, :, -1].sum())
 
 
 def sources(data_step: int, stage: int, plan: Plan, args: Args, accelerator: Accelerator) -> list[list[dict]]:
@@ -332,15 +353,18 @@ def prepare(args: Args) -> Prepared:
     args = fall_back(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked after its first use
     accelerator = start_accelerator(args.precision, args.force_cpu)
+    tokenizer = load_tokenizer(args.tokenizer)
+    of_model = args.model, len(tokenizer), args.seq_len
+    args = with_micro_batch(args, args.effective_batch, *of_model, accelerator, packed=True)
     grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum
     grad_accum, effective = plan_batch(args.micro_batch, grad_accum, args.effective_batch, accelerator.num_processes)
-    tokenizer = load_tokenizer(args.tokenizer)
     splits = read_splits(args.data_dir, args.max_input_size, args.max_lookahead, args.generator)
     task = splits.task
+    encoder = Encoder(tokenizer)
     examples = SyntheticExamples(
-        task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=tokenizer, seq_len=args.seq_len
+        task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=encoder, seq_len=args.seq_len
     )
-    share, longest = share_too_long(task, task.max_lookahead, tokenizer, args.seq_len, generator=args.generator)
+    share, longest = share_too_long(task, task.max_lookahead, encoder, args.seq_len, generator=args.generator)
     held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, args.seq_len)
     check_fit(args, task, share, longest, held_out)
     torch.manual_seed(args.seed)
@@ -348,6 +372,7 @@ def prepare(args: Args) -> Prepared:
     reach = attention_reach(model) if sees_only_itself(model) else None
     schedule = args.lr_schedule(args.max_steps, tokens_per_step=1)
     plan = Plan(task, examples, held_out, grad_accum, effective, reach, schedule)
+    compile_blocks(args, model)
     return Prepared(args, accelerator, splits, tokenizer, plan, model, share, longest)
 
 
@@ -361,6 +386,7 @@ def main(args: Args) -> int:
         "stages": task.max_lookahead,
         "reachable_lookahead": task.reachable_lookahead,
         "effective_batch": plan.effective_batch,
+        "micro_batch": args.micro_batch,
         "grad_accum": plan.grad_accum,
         "total_steps": args.max_steps,
         "share_too_long": ready.share_too_long,

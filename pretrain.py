@@ -16,14 +16,17 @@ Writes  SCRATCH_DIR/pretrain/{run.json, events.jsonl, logs/*.jsonl, checkpoints/
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
 
+from lm.imports import end_of_imports  # first: it acts while the others are imported
+
+# isort: split
 import bisect
 import functools
 import math
-import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +36,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lm.session
 from lm import draws
-from lm.args import below, check, not_positive, parse
+from lm.args import Precision, below, check, not_positive, parse
 from lm.beginning import Beginning, choose_beginning, load_beginning
 from lm.corpus import File, digest, find_files
-from lm.estimate import Setup, estimate, operations
+from lm.estimate import estimate, operations
 from lm.graph_tokens import check_tokenizer
 from lm.heldout import HeldOut, encode_subset, teacher_forced
 from lm.ledger import Ledger
 from lm.loss import MEASURED, means, mixed_loss
 from lm.measure import mean_loss
+from lm.micro_batch_size import with_micro_batch
 from lm.micro_batches import rows_of_step
 from lm.mixed_rows import MixedRows, Mixture, row_ids, text_rows
 from lm.models import architecture, build_model, non_embedding_parameters, num_parameters, on_paper
@@ -51,15 +55,17 @@ from lm.profiling import part
 from lm.results import has_results, loss_and_perplexity, write_results
 from lm.run import EXIT_STOPPED, main_decides, open_run, run_and_exit, start_accelerator
 from lm.schedule import Schedule, ScheduleName
-from lm.session import Session
+from lm.session import Made, Session
 from lm.shards import Pack
 from lm.splits import Splits, open_splits
 from lm.step import plan_batch
 from lm.supply import check_supply, look_again, too_few, wait_for_blocks
 from lm.text_evaluation import text_loss
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import LargeModelArgs, fall_back, lay_out_memory, optimizer_of
+from lm.trainer_args import LargeModelArgs, MicroBatch, fall_back, lay_out_memory, optimizer_of, setup_of
 from lm.writing import prompt_ids, write
+
+end_of_imports()
 
 WORTH_AN_ESTIMATE = 1e12  # operations: half a minute of one CPU core
 
@@ -104,7 +110,7 @@ class Args(LargeModelArgs):
     mixin_loss: Loss = "answer_only"
     """answer_only: an example's answer and EOS alone train; weighted: all of it, the answer half of its weight. Either way its
     row counts as much as a row of text."""
-    micro_batch: int = 4
+    micro_batch: MicroBatch = 4
     effective_batch: int | None = None
     """Rows in one optimizer step over all processes; by default 32, or what the journal had for its presets (gpt-*)."""
     lr: float = 5e-4
@@ -113,7 +119,7 @@ class Args(LargeModelArgs):
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     adam_beta2: float = 0.999
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     ignore_estimate: bool = False
     """Begin also where the estimate of the memory says that it will not do."""
 
@@ -187,7 +193,7 @@ class Progress(lm.session.Progress):
 FREE = {"output_dir", "scratch_dir", "c4_dir", "data_dir", "pptrain_checkpoint", "model", "seq_len", "resume_from", "force_cpu"}
 FREE |= {"deterministic", "detect_anomaly", "checkpoint_interval_steps", "max_step_checkpoints", "wandb_project"}
 FREE |= {"wandb_run_name", "allow_epochs", "verify_data", "max_wait_sec", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"dirty", "profile", "fsdp", "cpu_offload", "grad_checkpoint", "ignore_estimate"}
+FREE |= {"dirty", "profile", "fsdp", "cpu_offload", "grad_checkpoint", "ignore_estimate", "compile"}
 FREE |= {"eval_every", "log_every", "ledger", "epochs", "sample_every", "sample_prompt", "sample_tokens", "test_documents"}
 
 
@@ -198,8 +204,8 @@ def identity(args: Args, plan: Plan, splits: Splits | None, model: PreTrainedMod
     settings |= {"effective_batch": plan.effective_batch, "data": files, "pack": plan.mixed.pack.identity}
     settings |= {"bf16_parameters": bool(args.fsdp) and args.precision == "bf16"}  # they travel, and add up, in bfloat16
     settings |= {"initial_weights": beginning.sha256, "architecture": architecture(model)}
-    tokenizer = plan.mixed.tokenizer
-    return settings | {"tokenizer": fingerprint(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    made_by = plan.mixed.pack.header  # by its own tokenizer (`read_pack`)
+    return settings | {"tokenizer": made_by["tokenizer"]["fingerprint"], "eos_token_id": made_by["eos_token_id"]}
 
 
 def train(args: Args, plan: Plan, session: Session, begun: float) -> int:
@@ -224,22 +230,27 @@ def train(args: Args, plan: Plan, session: Session, begun: float) -> int:
             micro_batches = make_micro_batches(samples, plan, session.progress.pass_blocks, ledger, accelerator)
         waited += time.perf_counter() - before
         source = functools.partial(sources, samples, plan, session.progress.pass_blocks)
-        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
+        step += 1
+        logging = step % args.log_every == 0 or step == args.total_steps
+        how = {"beta1": plan.schedule.beta1(step - 1), "look": logging or is_to_look(args, plan, session, step)}
+        steps = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, **how)
         progress = session.progress  # another one if the run went back to a checkpoint
         progress.c4_block_idx, progress.mixin_idx = plan.mixed.drawn(progress.data_step * plan.effective_batch)
-        if result is None:
+        if steps is None:
+            ledger.forget()
             session.end_rollback()
             continue
-        step += 1
         if first is not None:
             run.log.say(f"the first step was made {time.monotonic() - first:.1f} s after the start")
             first = None
-        ledger.write(step, data_step)
-        account(progress, result.outcomes, accelerator)
-        if step % args.log_every == 0 or step == args.total_steps:
+        account(progress, steps, accelerator)
+        for made in steps:
+            ledger.write(made.step, made.data_step)
+        if logging:
+            result, when = steps[-1].result, steps[-1].time
             values = {"loss": result.loss, "lr": lr, **means(progress.since), "grad_norm": result.grad_norm}
             values |= {"c4_block_idx": progress.c4_block_idx, "mixin_idx": progress.mixin_idx}
-            run.log.train(step, progress.tokens, **values, wait_sec=round(waited, 4))
+            run.log.train(step, progress.tokens, when, **values, wait_sec=round(waited, 4))
             progress.since, waited = dict.fromkeys(MEASURED, 0.0), 0.0
         look(args, plan, session)
         if session.end_step(step == args.total_steps):
@@ -283,23 +294,41 @@ def sources(samples: list[range], plan: Plan, pass_blocks: int | None) -> list[l
     return [plan.mixed.sources(rows, pass_blocks) for rows in samples]
 
 
-def account(progress: Progress, measured: tuple[torch.Tensor, ...], accelerator: Accelerator) -> None:
-    """Add what all processes measured in one step."""
-    sums = accelerator.reduce(torch.stack(measured).sum(dim=0), "sum").tolist()
-    for name, value in zip(MEASURED, sums, strict=True):
-        progress.since[name] += value
-    progress.tokens += round(sums[MEASURED.index("c4_targets")] + sums[MEASURED.index("synthetic_targets")])
+def account(progress: Progress, steps: Sequence[Made], accelerator: Accelerator) -> None:
+    """Add what all processes measured in these steps, one after another: sums must not depend on how many are read at once."""
+    if not steps:
+        return
+    measured = torch.stack([torch.stack(made.result.outcomes).sum(dim=0) for made in steps])
+    for sums in accelerator.reduce(measured, "sum").tolist():
+        for name, value in zip(MEASURED, sums, strict=True):
+            progress.since[name] += value
+        progress.tokens += round(sums[MEASURED.index("c4_targets")] + sums[MEASURED.index("synthetic_targets")])
+
+
+def is_to_look(args: Args, plan: Plan, session: Session, step: int) -> bool:
+    """Whether after this step the model is looked at, or its next step may have to wait for text."""
+    after_next, pack = (session.progress.data_step + 2) * plan.effective_batch, plan.mixed.pack
+    waits = session.progress.pass_blocks is None and plan.mixed.drawn(after_next)[0] > pack.num_blocks
+    return waits or is_evaluating(args, step) or is_writing(args, step)
+
+
+def is_evaluating(args: Args, step: int) -> bool:
+    """Whether the model is evaluated after this step."""
+    return step % args.eval_every == 0 or step == args.total_steps
+
+
+def is_writing(args: Args, step: int) -> bool:
+    """Whether the model writes a text after this step."""
+    every = args.sample_every
+    return is_evaluating(args, step) if every is None else bool(every) and (step % every == 0 or step == args.total_steps)
 
 
 def look(args: Args, plan: Plan, session: Session) -> None:
     """Evaluate, and let the model write, if it is time to."""
-    step = session.progress.step
-    evaluating = step % args.eval_every == 0 or step == args.total_steps
-    if evaluating:
+    step, main = session.progress.step, session.run.log.main
+    if is_evaluating(args, step):
         evaluate(args, plan, session)
-    every, main = args.sample_every, session.run.log.main
-    writing = evaluating if every is None else every and (step % every == 0 or step == args.total_steps)
-    if writing and (main or args.fsdp):  # of a divided model each process computes its part, and all write the same
+    if is_writing(args, step) and (main or args.fsdp):  # of a divided model each process computes its part, all write the same
         with part("evaluate"):
             seed = draws.torch_seed(args.seed, step, 0)
             num_tokens = min(args.sample_tokens, plan.mixed.pack.seq_len - len(plan.prompt))
@@ -349,24 +378,10 @@ def make_model(args: Args, beginning: Beginning, tokenizer: PreTrainedTokenizerF
     return build_model(args.model, len(tokenizer), seq_len, special_ids(tokenizer), args.dropout)
 
 
-def reckon(
-    args: Args, beginning: Beginning, vocab_size: int, seq_len: int, effective_batch: int, accelerator: Accelerator
-) -> None:
+def reckon(args: Args, name: str, vocab_size: int, seq_len: int, batch: tuple[int, int], accelerator: Accelerator) -> None:
     """Say what memory and time the run will take, unless that is hardly any. Raises: ValueError if it cannot fit."""
-    model = on_paper(args.model if beginning.load_from is None else str(beginning.load_from), vocab_size, seq_len)
-    setup = Setup(
-        optimizer=args.optimizer,
-        precision=args.precision,
-        fsdp=bool(args.fsdp),
-        cpu_offload=args.cpu_offload,
-        grad_checkpoint=args.grad_checkpoint,
-        micro_batch=args.micro_batch,
-        seq_len=seq_len,
-        tokens=args.total_steps * effective_batch * seq_len,
-        num_processes=accelerator.num_processes,
-        local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        device=accelerator.device,
-    )
+    model, tokens = on_paper(name, vocab_size, seq_len, args.dropout), args.total_steps * batch[1] * seq_len
+    setup = setup_of(args, seq_len, accelerator.num_processes, accelerator.device, tokens, accumulates=batch[0] > 1)
 
     def say() -> None:
         found = estimate(model.config, setup)
@@ -440,13 +455,17 @@ def with_defaults(args: Args) -> Args:
     )
 
 
+def rows_asked_for(args: Args) -> int | None:
+    """Rows of a step: as asked for, else those of the journal's preset, or 32; None if they follow from --grad_accum."""
+    if args.effective_batch is not None or args.grad_accum is not None:
+        return args.effective_batch
+    preset = PRESETS.get(args.model)
+    return preset.batch if isinstance(preset, GPT) and preset.batch and not args.data_dir else 32
+
+
 def lay_out(args: Args, num_processes: int) -> tuple[int, int]:
-    """Forward passes of each process and rows of a step: as asked for, else those of the journal's preset, or 32."""
-    effective = args.effective_batch
-    if effective is None and args.grad_accum is None:
-        preset = PRESETS.get(args.model)
-        effective = preset.batch if isinstance(preset, GPT) and preset.batch and not args.data_dir else 32
-    return plan_batch(args.micro_batch, args.grad_accum, effective, num_processes)
+    """Forward passes of each process and rows of a step."""
+    return plan_batch(args.micro_batch, args.grad_accum, rows_asked_for(args), num_processes)
 
 
 def with_steps(args: Args, pack: Pack, effective_batch: int) -> Args:
@@ -493,9 +512,11 @@ def prepare(args: Args) -> Prepared:
     splits = open_splits(args.data_dir) if args.data_dir else None
     test_files(args)  # no file should be missed now and not after the last step
     beginning = choose_beginning(args, tokenizer, pack.folder, accelerator)
+    of_model = str(beginning.load_from or args.model), len(tokenizer), pack.seq_len
+    args = with_micro_batch(args, rows_asked_for(args), *of_model, accelerator)
     batch = lay_out(args, accelerator.num_processes)
     args = with_steps(args, pack, batch[1])
-    reckon(args, beginning, len(tokenizer), pack.seq_len, batch[1], accelerator)
+    reckon(args, *of_model, batch, accelerator)
     model = make_model(args, beginning, tokenizer, pack.seq_len)
     plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
     lay_out_memory(args, model, accelerator, args.precision)
@@ -536,6 +557,7 @@ def main(args: Args) -> int:
     blocks, examples = plan.mixed.drawn(args.total_steps * plan.effective_batch)
     derived = {
         "effective_batch": plan.effective_batch,
+        "micro_batch": args.micro_batch,
         "grad_accum": plan.grad_accum,
         "seq_len": pack.seq_len,
         "total_steps": args.total_steps,

@@ -35,6 +35,7 @@ from lm.chat_format import ChatFormat, Example
 from lm.checkpoint import Checkpoints, read_fields
 from lm.conversations import find_conversations, held_out_beside, read_conversations
 from lm.files import read_json, sha256
+from lm.micro_batch_size import with_micro_batch
 from lm.models import architecture, ensure_positions, load_model, num_parameters
 from lm.packing import attention_reach, sees_only_itself
 from lm.recovery import find_checkpoint, refuse_another_run
@@ -50,7 +51,7 @@ from lm.sharded_checkpoint import load_any
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer
 from lm.trained import find_config, find_model
-from lm.trainer_args import LargeModelArgs, fall_back, lay_out_memory, optimizer_of
+from lm.trainer_args import LargeModelArgs, MicroBatch, fall_back, lay_out_memory, optimizer_of
 
 HELD_OUT_SHARE = 0.02  # of the conversations, if no file of others is there
 SAMPLES = 3  # held-out questions that are answered before and after
@@ -78,8 +79,9 @@ class Args(LargeModelArgs):
     epochs: float = 1.0
     """Times that each conversation is trained on, to whole steps, rounded down."""
 
-    micro_batch: int = 8
-    """Conversations in one forward pass of one process; they are packed, so a pass costs their tokens and no padding."""
+    micro_batch: MicroBatch = 8
+    """Conversations in one forward pass of one process; they are packed, so a pass costs their tokens and no padding. auto: as
+    many as fit into the free memory if all are of --seq_len tokens."""
     effective_batch: int | None = None
     """Conversations in one optimizer step over all processes; 32, unless --grad_accum is given."""
     lr: float = 3e-4
@@ -110,7 +112,7 @@ class Args(LargeModelArgs):
 FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
 FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "ledger", "dirty", "profile", "model", "data", "data_split"}
 FREE |= {"eval_data", "skip_bad_rows", "micro_batch", "grad_accum", "effective_batch", "grad_checkpoint", "fsdp"}
-FREE |= {"cpu_offload"}
+FREE |= {"cpu_offload", "compile"}
 
 
 @dataclass(frozen=True)
@@ -257,9 +259,6 @@ def prepare(args: Args) -> Prepared:
     if args.precision == "auto":
         args = replace(args, precision="bf16" if torch.cuda.is_available() and not args.force_cpu else "fp32")
     accelerator = start_accelerator(args.precision, args.force_cpu, args.cpu_offload)
-    layout = plan_batch(
-        args.micro_batch, args.grad_accum, args.effective_batch or (None if args.grad_accum else 32), accelerator.num_processes
-    )
     refuse_other_folders(Path(args.output_dir))
     source, _, _ = find_model(args.model, "final")
     config = find_config(source)
@@ -271,6 +270,9 @@ def prepare(args: Args) -> Prepared:
         )
     seq_len = args.seq_len or min(getattr(config, "max_position_embeddings", None) or UNLIMITED, UNLIMITED)
     ensure_positions(config, seq_len, source)
+    rows = args.effective_batch or (None if args.grad_accum else 32)
+    args = with_micro_batch(args, rows, source, config.vocab_size, seq_len, accelerator, packed=True)
+    layout = plan_batch(args.micro_batch, args.grad_accum, rows, accelerator.num_processes)
     data = read_data(args, chat, seq_len)
     model = load_model(source, args.dropout)
     ensure_positions(model.config, seq_len, source)
@@ -347,6 +349,7 @@ def main(args: Args) -> int:
     args, course = ready.args, ready.course
     derived = {
         "effective_batch": course.identity["effective_batch"],
+        "micro_batch": args.micro_batch,
         "grad_accum": course.grad_accum,
         "seq_len": ready.seq_len,
         "total_steps": course.total_steps,

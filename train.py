@@ -14,6 +14,9 @@ Writes  OUTPUT_DIR/{run.json, events.jsonl, logs/*.jsonl, checkpoints/step_*, be
 Exits   0 when finished, 75 when stopped by SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint written (see README)
 """
 
+from lm.imports import end_of_imports  # first: it acts while the others are imported
+
+# isort: split
 import functools
 import math
 from collections.abc import Iterable
@@ -29,8 +32,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lm.session
 from lm.args import below, check, not_positive, outside_0_to_1, parse
 from lm.ledger import Columns, Ledger
-from lm.loss import cross_entropy_sum
+from lm.loss import next_token_loss
 from lm.measure import mean_loss
+from lm.micro_batch_size import with_micro_batch
 from lm.micro_batches import Loader, rows_of_step
 from lm.models import architecture, build_model, num_parameters
 from lm.papers import Papers, read_papers
@@ -41,8 +45,11 @@ from lm.schedule import Schedule, ScheduleName, evaluations_since_best, plateau_
 from lm.session import Session
 from lm.step import plan_batch
 from lm.tokenizer import fingerprint, load_tokenizer, special_ids
-from lm.trainer_args import TrainerArgs, fall_back, optimizer_of
+from lm.trainer_args import MicroBatch, TrainerArgs, compile_blocks, fall_back, optimizer_of
 from random_window_dataset import RandomWindowDataset, choose_categories
+
+end_of_imports()
+WINDOWS = 512  # in a step, if nothing else is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ class Args(TrainerArgs):
     """Targets to train on in all, rounded down to whole steps; wins over --epochs."""
 
     model: str = "pythia-70m"
-    micro_batch: int = 16
+    micro_batch: MicroBatch = 16
     effective_batch: int | None = None
     """Windows in one optimizer step over all processes (512 unless --grad_accum is given)."""
     lr: float = 3e-4
@@ -145,7 +152,7 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
     choice = {"sequence_length": args.sequence_length, "target_categories": categories, "seed": args.seed}
     train = RandomWindowDataset(papers, "train", **choice, sampling=args.sampling, category_weighting=args.category_weighting)
     validation = RandomWindowDataset(papers, "validation", **choice, category_weighting=args.category_weighting)
-    effective = args.effective_batch or (512 if args.grad_accum is None else None)
+    effective = args.effective_batch or (WINDOWS if args.grad_accum is None else None)
     grad_accum, effective = plan_batch(args.micro_batch, args.grad_accum, effective, num_processes)
     tokens_per_step = effective * args.sequence_length
     limits = []
@@ -169,7 +176,7 @@ def make_plan(args: Args, papers: Papers, num_processes: int) -> Plan:
 # order). The number of steps may too, while the learning rate does not depend on it.
 FREE = {"output_dir", "resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoint_interval_steps"}
 FREE |= {"max_step_checkpoints", "wandb_project", "wandb_run_name", "data_dir", "micro_batch", "grad_accum", "effective_batch"}
-FREE |= {"ledger", "dirty", "profile"}
+FREE |= {"ledger", "dirty", "profile", "compile"}
 FREE |= {"epochs", "token_budget", "max_eval_epochs", "early_stopping_patience", "num_workers", "verify_data"}
 FREE |= {"upload_results_to_s3", "s3_bucket", "s3_prefix", "model"}
 
@@ -182,13 +189,6 @@ def identity(args: Args, plan: Plan, papers: Papers, model: PreTrainedModel) -> 
         settings["total_steps"] = plan.total_steps
     settings |= {"categories": plan.train.categories, "effective_batch": plan.effective_batch, "data": files}
     return settings | {"architecture": architecture(model)}
-
-
-def window_loss(model: torch.nn.Module, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed next-token loss of windows (B, T + 1), and whether all logits are finite."""
-    ids = windows.long()
-    logits_BTV = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return cross_entropy_sum(logits_BTV, ids[:, 1:])
 
 
 def row_ids(windows: torch.Tensor) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -223,16 +223,19 @@ def train(args: Args, plan: Plan, session: Session, loader: Loader, tokenizer: P
         with part("to_device"):
             micro_batches = [batch.to(accelerator.device, non_blocking=True) for batch in windows]
         source = functools.partial(sources, data_step, plan, args, accelerator)
-        result = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, plan.schedule.beta1(step))
-        if result is None:
+        evaluating = (step + 1) % args.steps_per_eval_epoch == 0 or step + 1 == plan.total_steps
+        how = {"beta1": plan.schedule.beta1(step), "look": evaluating}
+        steps = session.make_step(micro_batches, weight, lr, args.max_grad_norm, source, **how)
+        if steps is None:
+            ledger.forget()
             session.end_rollback()
             continue
-        step += 1
-        ledger.write(step, data_step)
-        norms = {"grad_norm": result.grad_norm, "grad_norm_clipped": result.grad_norm_clipped}
-        norms |= {"param_norm": result.param_norm}
-        run.log.train(step, step * plan.tokens_per_step, loss=result.loss, lr=lr, **norms)
-        if step % args.steps_per_eval_epoch == 0 or step == plan.total_steps:
+        for made in steps:
+            ledger.write(made.step, made.data_step)
+            norms = {name: getattr(made.result, name) for name in ("grad_norm", "grad_norm_clipped", "param_norm")}
+            tokens = made.step * plan.tokens_per_step
+            run.log.train(made.step, tokens, made.time, loss=made.result.loss, lr=made.lr, **norms)
+        if evaluating:
             evaluate(args, plan, session, tokenizer)
         if session.end_step(is_done(args, plan, session.progress)):
             return EXIT_STOPPED
@@ -286,6 +289,7 @@ def result_files(folder: Path) -> list[str]:
 class Prepared:
     """All that a run needs, before anything of it is written."""
 
+    args: Args
     accelerator: Accelerator
     papers: Papers
     tokenizer: PreTrainedTokenizerBase
@@ -301,6 +305,8 @@ def prepare(args: Args) -> Prepared:
     if args.upload_results_to_s3 and accelerator.is_main_process:
         results_folder(args)  # no bucket should be noticed now and not after the last step
     papers = read_papers(args.data_dir, verify=args.verify_data)
+    of_model = args.model, papers.meta["vocab_size"], args.sequence_length
+    args = with_micro_batch(args, args.effective_batch or WINDOWS, *of_model, accelerator)
     plan = make_plan(args, papers, accelerator.num_processes)
     tokenizer = load_tokenizer(papers.folder / "tokenizer")
     if fingerprint(tokenizer) != papers.meta["tokenizer"]["fingerprint"]:
@@ -308,13 +314,14 @@ def prepare(args: Args) -> Prepared:
     torch.manual_seed(args.seed)
     vocab_size = papers.meta["vocab_size"]
     model = build_model(args.model, vocab_size, args.sequence_length, special_ids(tokenizer), args.dropout)
-    return Prepared(accelerator, papers, tokenizer, plan, model)
+    compile_blocks(args, model)
+    return Prepared(args, accelerator, papers, tokenizer, plan, model)
 
 
 def main(args: Args) -> int:
     """Train one run and return its exit code."""
     ready = prepare(args)
-    accelerator, papers, tokenizer = ready.accelerator, ready.papers, ready.tokenizer
+    args, accelerator, papers, tokenizer = ready.args, ready.accelerator, ready.papers, ready.tokenizer
     plan, model = ready.plan, ready.model
     derived = {
         "categories": plan.train.categories,
@@ -322,6 +329,7 @@ def main(args: Args) -> int:
         "eligible_papers": len(plan.train),
         "papers_too_short": plan.train.num_too_short,
         "effective_batch": plan.effective_batch,
+        "micro_batch": args.micro_batch,
         "grad_accum": plan.grad_accum,
         "tokens_per_step": plan.tokens_per_step,
         "total_steps": plan.total_steps,
@@ -332,7 +340,7 @@ def main(args: Args) -> int:
     with open_run(args, derived, accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         sample, same_run = torch.from_numpy(plan.validation[:1]), identity(args, plan, papers, model)
-        session = Session(args, run, model, optimizer_of(args, model), window_loss, sample, Progress(), same_run)
+        session = Session(args, run, model, optimizer_of(args, model), next_token_loss, sample, Progress(), same_run)
         session.resume()
         code = train(args, plan, session, loader, tokenizer)
         if code == 0:

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 import tyro
 
 T = TypeVar("T")
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,9 @@ class RunArgs:
     """Decides the initial weights and, with the step, every example."""
     resume_from: str = "auto"
     """auto: newest good checkpoint if there is one; latest: the same, but there must be one; a folder: that checkpoint."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 needs a GPU."""
+    precision: Precision = "fp32"
+    """Arithmetic of the forward and backward pass; parameters and moments are always float32. fp16 and tf32 (float32 whose
+    matrices multiply with 10 bits of mantissa) need a GPU."""
     force_cpu: bool = False
     """Do not use a GPU even if there is one."""
     deterministic: bool = True

@@ -1,11 +1,12 @@
 """What a training run will need, before it begins: memory of each process by part, and time.
 
-Parameters, gradients and moments are counted exactly. Activations are those that autograd keeps in one forward pass, counted by
-running the pass without computing it (torch's fake tensors have shapes and devices, and no numbers). The time is that of the
-operations the model needs, at a share of the speed at which this machine multiplies matrices as large as the model's.
+Parameters, gradients and moments are counted exactly, and so are the tensors of one forward and backward pass
+(lm/activations.py). The time is that of the operations the model needs, at a share of the speed at which this machine
+multiplies matrices as large as the model's.
 """
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lm.activations import OnPaper
 from lm.fsdp import blocks
-from lm.measure import DTYPES
 from lm.optim import OptimizerName, needed_moments, parameter_groups
+from lm.precision import DTYPES
 
 SHARE_OF_SPEED = {"cuda": 0.4, "cpu": 0.5}  # of that of a large matrix product: what well fed training reaches, about
 LIBRARIES = {"cuda": 1.0 * 2**30, "cpu": 0.5 * 2**30}  # what a process has before there is any model
@@ -44,6 +45,8 @@ class Setup:
     device_bytes: float | None = None  # of memory on a GPU that is not this machine's
     host_bytes: float | None = None  # of memory in a machine that is not this one
     operations_per_sec: float | None = None  # that a device makes in a product of large matrices; by default it is tried here
+    accumulates: bool = True  # whether a step has several micro-batches, and so gradients of others in a forward pass
+    packed: bool = False  # whether rows hold several documents, and need a mask
 
     @property
     def is_gpu(self) -> bool:
@@ -52,14 +55,13 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Bytes by part for one process, on its device and in the machine's memory, what there is of both, and seconds."""
+class Needs:
+    """Bytes by part for one process, on its device and in the machine's memory, and what there is of both."""
 
     device: dict[str, float]
     host: dict[str, float]
     device_bytes: float
     host_bytes: float
-    seconds: float
 
     def faults(self) -> list[str]:
         """What does not fit, with what would help."""
@@ -72,17 +74,24 @@ class Estimate:
             if (needed := sum(parts.values())) > SPARE * there:
                 largest = max(parts, key=parts.__getitem__)
                 found.append(
-                    f"a process needs about {_gib(needed)} of {what} ({_listed(parts)}), {_gib(there)} are there for it: try"
+                    f"a process needs about {gib(needed)} of {what} ({listed(parts)}), {gib(there)} are there for it: try"
                     f" {REMEDIES[largest]}"
                 )
         return found
 
+
+@dataclass(frozen=True)
+class Estimate(Needs):
+    """The same, and seconds."""
+
+    seconds: float
+
     def lines(self) -> list[str]:
         """For people, before the run."""
-        on_device = f"{_gib(sum(self.device.values()))} of {_gib(self.device_bytes)}"
-        said = [f"estimate for each process: {on_device} on its device ({_listed(self.device)})"]
+        on_device = f"{gib(sum(self.device.values()))} of {gib(self.device_bytes)}"
+        said = [f"estimate for each process: {on_device} on its device ({listed(self.device)})"]
         if self.host:
-            said.append(f"  and {_gib(sum(self.host.values()))} of {_gib(self.host_bytes)} in memory ({_listed(self.host)})")
+            said.append(f"  and {gib(sum(self.host.values()))} of {gib(self.host_bytes)} in memory ({listed(self.host)})")
         return [*said, f"  and about {_duration(self.seconds)}, without evaluations and checkpoints"]
 
 
@@ -101,39 +110,63 @@ REMEDIES = {
 
 def estimate(config: PreTrainedConfig, setup: Setup) -> Estimate:
     """What training a model of this configuration needs."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    number = sum(parameter.numel() for parameter in model.parameters())
-    moments = sum(
-        math.prod(shape) * dtype.itemsize
-        for group in parameter_groups(setup.optimizer, model, 0.0, "all")
-        for parameter in group["params"]
-        for shape, dtype in needed_moments(group, parameter).values()
-    )
-    shards = setup.num_processes if setup.fsdp else 1
-    state = {"weights": 4 * number / shards, "gradients": 4 * number / shards, "moments": moments / shards}
-    if setup.num_processes > 1 and not setup.fsdp:
-        state["gradients"] *= 2  # buckets of DistributedDataParallel
+    memory = Memory(config, setup)
     try:
-        computing = {"activations": activations(config, setup)}
+        activations = memory.activations(setup.micro_batch, setup.accumulates)
     except Exception as error:  # of whatever kind a model's code raises on tensors without numbers
-        print(f"warning: activations are not estimated ({str(error).splitlines()[0]:.200})", flush=True)
-        computing = {}
-    if setup.fsdp:
-        computing["gathered"] = _gathered(model, setup)
-    elif setup.precision != "fp32":
-        computing["gathered"] = number * DTYPES[setup.precision].itemsize  # autocast keeps the copies of a pass
-    copies = {"checkpoints": (1 + setup.fsdp) * (4 * number + moments) / shards}  # a part's file is made in memory first
-    unknown = math.inf if setup.device_bytes else _free_memory()
-    in_process = (setup.host_bytes or unknown) / setup.local_processes
-    if not setup.is_gpu:
-        parts = state | computing | copies | {"libraries": LIBRARIES["cpu"]}
-        return Estimate(parts, {}, in_process, in_process, _seconds(model, setup))
-    on_device, in_memory = (computing, state) if setup.cpu_offload else (state | computing, {})
-    host = {"building": 4.0 * number, "libraries": LIBRARIES["cpu"]} | copies | in_memory
-    there = setup.device_bytes or torch.cuda.get_device_properties(setup.device).total_memory
-    on_device |= {"libraries": LIBRARIES["cuda"]}
-    return Estimate(on_device, host, there, in_process, _seconds(model, setup))
+        print(f"warning: activations are not estimated ({error!r:.200})", flush=True)
+        activations = 0.0
+    return Estimate(**vars(memory.needs(activations)), seconds=_seconds(memory.model, setup))
+
+
+class Memory:
+    """What training takes of it, for whatever micro-batch."""
+
+    def __init__(self, config: PreTrainedConfig, setup: Setup):
+        self.config, self.setup = config, setup
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+    @functools.cached_property
+    def _on_paper(self) -> OnPaper:
+        setup, compute = self.setup, DTYPES[self.setup.precision]
+        weights = compute if setup.fsdp else torch.float32  # in which they arrive
+        return OnPaper(self.config, setup.device, weights, compute, setup.grad_checkpoint)
+
+    def activations(self, micro_batch: int, accumulates: bool) -> float:
+        """Bytes that one micro-batch needs at most at one time beside weights and gradients; 0 if gradients need more later."""
+        return float(self._on_paper.peak(micro_batch, self.setup.seq_len, accumulates, self.setup.packed))
+
+    def state(self) -> dict[str, float]:
+        """Bytes that stay from step to step."""
+        setup, shards = self.setup, self.setup.num_processes if self.setup.fsdp else 1
+        number = sum(parameter.numel() for parameter in self.model.parameters())
+        moments = sum(
+            math.prod(shape) * dtype.itemsize
+            for group in parameter_groups(setup.optimizer, self.model, 0.0, "all")
+            for parameter in group["params"]
+            for shape, dtype in needed_moments(group, parameter).values()
+        )
+        state = {"weights": 4 * number / shards, "gradients": 4 * number / shards, "moments": moments / shards}
+        if setup.num_processes > 1 and not setup.fsdp:
+            state["gradients"] *= 2  # buckets of DistributedDataParallel
+        return state
+
+    def needs(self, activations: float) -> Needs:
+        """All, with so many bytes of activations."""
+        setup, state, computing = self.setup, self.state(), {"activations": activations}
+        if setup.fsdp:
+            computing["gathered"] = _gathered(self.model, setup)
+        copies = {"checkpoints": (1 + setup.fsdp) * (state["weights"] + state["moments"])}  # a file is made in memory first
+        unknown = math.inf if setup.device_bytes else _free_memory()
+        in_process = (setup.host_bytes or unknown) / setup.local_processes
+        if not setup.is_gpu:
+            return Needs(state | computing | copies | {"libraries": LIBRARIES["cpu"]}, {}, in_process, in_process)
+        on_device, in_memory = (computing, state) if setup.cpu_offload else (state | computing, {})
+        weights = 4.0 * sum(parameter.numel() for parameter in self.model.parameters())
+        host = {"building": weights, "libraries": LIBRARIES["cpu"]} | copies | in_memory
+        there = setup.device_bytes or torch.cuda.mem_get_info(setup.device)[0]
+        return Needs(on_device | {"libraries": LIBRARIES["cuda"]}, host, there, in_process)
 
 
 def _gathered(model: PreTrainedModel, setup: Setup) -> float:
@@ -142,44 +175,6 @@ def _gathered(model: PreTrainedModel, setup: Setup) -> float:
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(in_blocks)
     largest = max(in_blocks, default=0)
     return DTYPES[setup.precision].itemsize * (outside + 2 * largest) + 4 * max(outside, largest)  # and one's gradient
-
-
-def activations(config: PreTrainedConfig, setup: Setup) -> float:
-    """Bytes that autograd keeps from the forward to the backward pass of one micro-batch, the loss's gradient included."""
-    depth = config.num_hidden_layers
-    one, two = (_kept(config, setup, layers) for layers in (1, 2))
-    block, rest = two - one, 2 * one - two
-    half = DTYPES[setup.precision].itemsize
-    logits = 2 * setup.micro_batch * setup.seq_len * config.vocab_size * 4  # the gradient, before and after the softmax
-    inputs = setup.micro_batch * setup.seq_len * config.hidden_size * half
-    return rest + logits + (depth * inputs + block if setup.grad_checkpoint else depth * block)
-
-
-def _kept(config: PreTrainedConfig, setup: Setup, layers: int) -> float:
-    """The same of a model of this many layers, without computing anything."""
-    whole = config.to_dict()
-    fewer = {"num_hidden_layers": layers}
-    if isinstance(kinds := whole.get("layer_types"), list):
-        fewer["layer_types"] = kinds[:layers]
-    config = type(config).from_dict(whole | fewer)
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # a view of what is kept already costs nothing
-        return tensor
-
-    with FakeTensorMode(), torch.device(setup.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        ids = torch.zeros(setup.micro_batch, setup.seq_len, dtype=torch.int64)
-        dtype = DTYPES[setup.precision]
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            with torch.autocast(setup.device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
-        del loss
-        return float(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
 
 
 def operations(model: PreTrainedModel, seq_len: int) -> float:
@@ -244,11 +239,11 @@ def free_in_cgroup(root: Path, name: str) -> float:
     return free
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB" if math.isfinite(size) else "what there is"
 
 
-def _listed(parts: dict[str, float]) -> str:
+def listed(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
 
 

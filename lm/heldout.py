@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm import draws
-from lm.generation import TOKENS_IN_A_PASS, passes
+from lm.generation import passes
 from lm.loss import packed_loss
-from lm.measure import DTYPES, MAX_LOGITS
 from lm.packing import pack
+from lm.precision import autocast
 from lm.tokenizer import encode_documents
 
 
@@ -66,9 +66,8 @@ def teacher_forced(
     losses = np.zeros(2)
     was_training = model.training
     model.eval()
-    most_tokens = min(TOKENS_IN_A_PASS, MAX_LOGITS // model.config.vocab_size)
     lengths = [len(ids) for ids in held_out.examples]
-    all_passes = passes(lengths, 0, len(lengths), most_tokens)
+    all_passes = passes(lengths, 0, len(lengths))
     processes = accelerator.num_processes
     for first_pass in range(0, len(all_passes), processes):  # as many on each: a divided model needs all of them in a pass
         mine = first_pass + accelerator.process_index
@@ -79,7 +78,7 @@ def teacher_forced(
         first = torch.tensor([number == 0 or held_out.row[number - 1] != held_out.row[number] for number in numbers] + [False])
         batch["weights"] *= first[batch["example"]]
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        with torch.autocast(accelerator.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(accelerator.device, precision):
             loss, _, right = packed_loss(model, batch)
         if mine >= len(all_passes):
             continue  # another process has counted it

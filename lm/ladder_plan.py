@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.args import check
+from lm.estimate import Memory, Setup
 from lm.models import non_embedding_parameters, num_parameters, on_paper
 from lm.presets import PRESETS, Olmo, datadecide_settings
 from lm.shards import Pack
@@ -25,8 +26,6 @@ OLMO_SETTINGS = {  # of every run of DataDecide's ladder: Magnusson et al., arXi
     "adam_eps": 1e-8,
     "max_grad_norm": 1.0,
 }
-MOMENTS_AND_WEIGHTS = 16  # bytes for each parameter: weight, gradient and AdamW's two moments, float32
-LOGITS = 10  # bytes for each logit of a forward pass: bfloat16 or float32 ones, a float32 copy, its gradient
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,10 @@ class Cell:
         """Hours of one device that reaches this share of so many teraflops per second."""
         return self.flops / (peak_tflops * 1e12 * mfu) / 3600
 
-    def memory(self, micro_batch: int) -> int:
-        """Bytes on a device, about: weights, moments, the logits of a forward pass, the activations of its layers."""
-        preset, tokens = PRESETS[self.model], micro_batch * self.seq_len
-        activations = 40 * preset.layers * preset.hidden * tokens  # bytes: some twenty values of a layer, in 16 bits
-        return MOMENTS_AND_WEIGHTS * self.all_parameters + LOGITS * tokens * self.vocab_rows + activations
+    def memory(self, setup: Setup) -> float:
+        """Bytes on a device, as estimated for this setup."""
+        found = Memory(on_paper(self.model, self.vocab_rows, self.seq_len).config, setup)
+        return sum(found.needs(found.activations(setup.micro_batch, setup.accumulates)).device.values())
 
     def settings(self) -> dict[str, object]:
         """The arguments of pretrain.py that make this cell."""

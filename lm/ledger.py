@@ -10,6 +10,7 @@ Row j of step s is example data_step * effective_batch + j. `digest` is the BLAK
 inputs and then its targets, each id as 8 bytes with the lowest first, as they are before they go to the device.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -38,27 +39,31 @@ class Ledger:
 
     def __init__(self, run: Run, on: bool, row_ids: RowIds, names: dict[str, Sequence[str]] | None = None):
         self.run, self.on, self.row_ids, self.names = run, on, row_ids, names or {}
-        self._noted: list[Columns] = []
+        self._noted: deque[list[Columns]] = deque()  # of each step that is not written yet
 
     def note(self, made: list) -> list:
-        """The micro-batches of the next step alone; what came with them is kept until `write`."""
+        """The micro-batches of the next step alone; what came with them is kept until its turn to `write` it."""
         if not self.on:
             return made
-        self._noted = [columns | {"digest": digests(self.row_ids(batch))} for batch, columns in made]
+        self._noted.append([columns | {"digest": digests(self.row_ids(batch))} for batch, columns in made])
         return [batch for batch, _ in made]
 
     def write(self, step: int, data_step: int) -> None:
         """Write down the rows of all processes, which have now made step `step` from the rows of data step `data_step`."""
         if not self.on:
             return
-        accelerator = self.run.accelerator
-        own = np.stack([np.stack(list(columns.values()), axis=1) for columns in self._noted])
+        accelerator, noted = self.run.accelerator, self._noted.popleft()
+        own = np.stack([np.stack(list(columns.values()), axis=1) for columns in noted])
         everyone = accelerator.gather(torch.from_numpy(own)[None].to(accelerator.device)).cpu().numpy()
         # micro-batch m of process p holds the rows after those of process p - 1: see rows_of_step
         rows = everyone.swapaxes(0, 1).reshape(-1, own.shape[-1])
-        values = dict(zip(self._noted[0], rows.T, strict=True))
+        values = dict(zip(noted[0], rows.T, strict=True))
         written = {name: self._plain(name, column) for name, column in values.items()}
         self.run.log.ledger(step, data_step=data_step, **written)
+
+    def forget(self) -> None:
+        """Nothing that was noted will be written: the run goes back."""
+        self._noted.clear()
 
     def _plain(self, name: str, column: np.ndarray) -> list:
         if name == "digest":

@@ -11,10 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from lm.fsdp import device_of
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
-MAX_NORMALISED = 2**24  # at a time, since the softmax makes float32 copies
+from lm.loss import token_losses
+from lm.precision import autocast
 
 
 @torch.no_grad()
@@ -26,22 +24,18 @@ def window_losses(model: torch.nn.Module, windows: np.ndarray, micro_batch: int,
     Args:
         model: a Hugging Face causal language model, not wrapped for data parallelism.
         windows: (N, T + 1) integers; tokens 0 .. T - 1 are the inputs, 1 .. T the targets.
-        micro_batch: windows in one forward pass at most; fewer where their logits would pass 1 GiB.
+        micro_batch: windows in one forward pass.
         precision: "fp32", or "bf16" or "fp16" for autocast. The logarithm is always taken in float32.
     """
     device = device_of(model)
-    T, V = windows.shape[1] - 1, model.config.vocab_size
-    batch = max(1, min(micro_batch, MAX_LOGITS // (T * V)))
-    losses = torch.empty(len(windows), T, device=device)
+    losses = torch.empty(len(windows), windows.shape[1] - 1, device=device)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(windows), batch):
-            ids = torch.from_numpy(windows[start : start + batch].astype(np.int64)).to(device)
-            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-            losses[start : start + batch] = _token_losses(logits.flatten(0, 1), ids[:, 1:].flatten()).view(-1, T)
-            del logits  # before the next forward pass makes its own
+        for start in range(0, len(windows), micro_batch):
+            ids = torch.from_numpy(windows[start : start + micro_batch].astype(np.int64)).to(device)
+            with autocast(device, precision):
+                losses[start : start + micro_batch] = token_losses(model, ids[:, 1:], input_ids=ids[:, :-1]).nats
     finally:
         model.train(was_training)
     return losses.double().cpu().numpy()
@@ -60,12 +54,6 @@ def mean_loss(model: torch.nn.Module, windows: np.ndarray, micro_batch: int, acc
     if not math.isfinite(total):
         raise RuntimeError(f"the held-out loss is {total}, a finite one is needed: lower --lr, or use --precision fp32")
     return total / count
-
-
-def _token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    rows = max(1, MAX_NORMALISED // logits_NV.shape[1])
-    pairs = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in pairs])
 
 
 def consecutive_windows(tokens: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ sample s * effective_batch + j. So what a sample is follows from (data, seed, i)
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,11 @@ from lm.ledger import Columns
 from lm.packing import Batch, Loss, pack
 from lm.shards import Pack
 from lm.text_encoder import TextEncoder
+from lm.tokenizer import encode_documents
 
 CHUNK = 2**14  # samples counted at once
 AT_ONCE = 1000  # synthetic examples tokenised together to learn their lengths
+WORTH_LOADING = 2_000_000  # characters: those that Hugging Face's tokenizers encode while the faster one is loaded
 _order = functools.lru_cache(maxsize=4)(draws.permutation)
 
 
@@ -105,6 +107,8 @@ class MixedRows(Mixture):
             packed = pack(examples.examples, examples.answer_tokens, self.loss, reach=None)
             packed["weights"] *= self.pack.seq_len / packed["weights"].sum(dim=1, keepdim=True)
             width = packed["weights"].shape[1]
+            batch["weights"] = torch.ones(batch["targets"].shape)
+            batch["answer"] = torch.zeros(batch["targets"].shape, dtype=torch.bool)
             for name in ("input_ids", "targets", "weights", "answer"):
                 batch[name][synthetic] = 0
                 batch[name][synthetic, :width] = packed[name]
@@ -124,12 +128,12 @@ class MixedRows(Mixture):
         """
         if not self.synthetic:
             raise ValueError(f"{file} is empty, examples are needed: build it with more, or pass --mixin_percent 0")
-        encoder, too_long = TextEncoder(self.tokenizer.backend_tokenizer.to_str()), []
         own = range(accelerator.process_index, len(self.synthetic), accelerator.num_processes)
+        count, too_long = self._counter(sum(len(self.synthetic[number]["input_text"]) for number in own)), []
         for numbers in (own[first : first + AT_ONCE] for first in range(0, len(own), AT_ONCE)):
             rows = [self.synthetic[number] for number in numbers]
             texts = [row["input_text"] for row in rows], [f" {row['output_texts'][0]}" for row in rows]
-            prompts, answers = (np.diff(encoder.encode(part).ends, prepend=0) for part in texts)
+            prompts, answers = map(count, texts)
             lengths, fits = prompts + answers + 1, self.pack.seq_len + 1  # EOS
             too_long += [(int(length), n + 1) for length, n in zip(lengths, numbers, strict=True) if length > fits]
         if too_long := gather_object(too_long):
@@ -138,6 +142,13 @@ class MixedRows(Mixture):
                 f"{len(too_long)} of the {len(self.synthetic)} rows of {file} do not fit into --seq_len {self.pack.seq_len}"
                 f" (line {line} has {length} tokens): pack longer blocks, or build smaller examples"
             )
+
+    def _counter(self, characters: int) -> Callable[[list[str]], np.ndarray]:
+        """What counts the tokens of each text: the faster encoder, if there is more text than it takes time to load."""
+        if characters < WORTH_LOADING:
+            return lambda texts: np.array([len(ids) for ids in encode_documents(self.tokenizer, texts)])
+        encoder = TextEncoder(self.tokenizer.backend_tokenizer.to_str())
+        return lambda texts: np.diff(encoder.encode(texts).ends, prepend=0)
 
     def _encode(self, numbers: Sequence[int]) -> HeldOut:
         rows = [self.synthetic[number] for number in numbers]
@@ -167,16 +178,14 @@ def text_rows(blocks: np.ndarray) -> Batch:
     """Blocks (n, T + 1) as a micro-batch in which every target weighs 1.
 
     Returns:
-        input_ids, targets: int64 (n, T). weights: float32 (n, T), 0 where nothing is trained.
-        answer: bool (n, T), at targets of a synthetic example's answer. synthetic: bool (n,).
+        input_ids, targets: int64 (n, T). synthetic: bool (n,). Only where a row is synthetic also weights: float32 (n, T), 0
+        where nothing is trained; answer: bool (n, T), at targets of a synthetic example's answer.
     """
     ids = torch.from_numpy(blocks.astype(np.int64))
     targets = ids[:, 1:].contiguous()
     return {
         "input_ids": ids[:, :-1].contiguous(),
         "targets": targets,
-        "weights": torch.ones(targets.shape),
-        "answer": torch.zeros(targets.shape, dtype=torch.bool),
         "synthetic": torch.zeros(len(ids), dtype=torch.bool),
     }
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from lm.parts import in_parts, read_parts, weights_of
-from lm.presets import PRESETS
+from lm.presets import PRESETS, Preset
 
 OWN_CODE = "pass another; a model's own code (auto_map) is never run"
 logging.disable_progress_bar()  # transformers draws one for every model that it reads or writes, over ours
@@ -84,7 +84,7 @@ def build_model(
 
     Args:
         name: a preset, a folder with a config.json, or a hub name (only its config is used).
-        vocab_size: rows of the embedding and of the head; OLMo's presets have the next multiple of 128.
+        vocab_size: ids; embedding and head have the next multiple of 64 rows, those of OLMo's presets of 128.
         min_positions: tokens in the longest context that it will see (see `ensure_positions`; presets have as many as asked).
         token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer in use, for the saved config.
         dropout: probability in place of the config's own, in all places where the architecture has dropout.
@@ -95,7 +95,7 @@ def build_model(
     if preset is not None:  # a shape that is yet to be trained, with positions to choose
         config.max_position_embeddings = max(preset.positions, min_positions)
     ensure_positions(config, min_positions, f"--model {name}")
-    multiple = 1 if preset is None else preset.vocab_multiple
+    multiple = (preset or Preset).vocab_multiple
     config.vocab_size = -(-vocab_size // multiple) * multiple
     for key, value in (token_ids or {}).items():
         setattr(config, key, value)
@@ -230,7 +230,7 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
     return num_parameters(model) - (0 if embedding.weight is head.weight else embedding.weight.numel())
 
 
-def on_paper(name: str, vocab_size: int, min_positions: int = 1) -> PreTrainedModel:
+def on_paper(name: str, vocab_size: int, min_positions: int = 1, dropout: float | None = None) -> PreTrainedModel:
     """The model that `build_model` would give, without memory for its weights, to be counted."""
     with torch.device("meta"):
-        return build_model(name, vocab_size, min_positions)
+        return build_model(name, vocab_size, min_positions, dropout=dropout)

@@ -19,7 +19,7 @@ FREE = {"resume_from", "force_cpu", "deterministic", "detect_anomaly", "checkpoi
 FREE |= {"wandb_project", "wandb_run_name", "log_every", "eval_every", "verify_data", "max_wait_sec", "micro_batch"}
 FREE |= {"grad_accum", "model", "pptrain_checkpoint", "seed", "ledger", "dirty", "profile", "epochs", "sample_every"}
 FREE |= {"sample_prompt", "sample_tokens", "test_documents", "cpu_offload", "grad_checkpoint"}
-FREE |= {"ignore_estimate"}
+FREE |= {"ignore_estimate", "compile"}
 FOLLOWS = ("initial_weights", "pack", "seq_len", "effective_batch", "total_steps", "num_parameters", "vocab_size")
 COMPARED = ("initial_weights", "mixin_percent", "mixin_loss")  # what runs are made to differ in
 

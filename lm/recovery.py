@@ -71,6 +71,7 @@ def step_or_none(
     micro_batches: Sequence[Any],
     attempt: Callable[[], StepResult],
     source: Callable[[], Any],
+    first: StepResult | None = None,
 ) -> StepResult | None:
     """Make one step, again if it was not finite; None after three attempts, on every process alike.
 
@@ -81,9 +82,10 @@ def step_or_none(
         where: the step and the data step, for the record.
         attempt: makes the step.
         source: says where the rows came from, for the saved batch.
+        first: what the first attempt gave, if it was made already.
     """
     for number in range(1, ATTEMPTS + 1):
-        result = attempt()
+        result = attempt() if first is None or number > 1 else first
         if result.applied:
             return result
         process = run.accelerator.process_index

@@ -8,7 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lm.chat_format import ChatFormat
 from lm.conversations import Message
-from lm.measure import DTYPES
+from lm.precision import autocast
 
 UNLIMITED = 2048  # tokens of context of a model that names no limit: so much its users can expect
 
@@ -72,7 +72,7 @@ def reply(
     model.eval()
     model.generation_config = config
     try:
-        with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(model.device, precision):
             found = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
     finally:
         model.train(was_training)

@@ -137,8 +137,8 @@ def start_accelerator(precision: str, force_cpu: bool, cpu_offload: bool = False
         ValueError for fp16 without a GPU.
     """
     cpu = force_cpu or not torch.cuda.is_available()
-    if precision == "fp16" and cpu:
-        raise ValueError("--precision fp16 needs a GPU, and none is in use: pass --precision fp32 or bf16")
+    if precision in ("fp16", "tf32") and cpu:
+        raise ValueError(f"--precision {precision} needs a GPU, and none is in use: pass --precision fp32 or bf16")
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         # What `accelerate launch --cpu --num_processes 2` leaves behind: it starts one process and says nothing.
         raise RuntimeError(
@@ -147,7 +147,7 @@ def start_accelerator(precision: str, force_cpu: bool, cpu_offload: bool = False
         )
     if cpu_offload and not cpu:
         _serve_cpu_tensors_too()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision in ("fp32", "tf32") else precision)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
         raise RuntimeError(
@@ -167,7 +167,8 @@ def _serve_cpu_tensors_too() -> None:
 
 
 def set_numerics(args: RunArgs) -> None:
-    """Let torch draw from --seed, and compute as --deterministic and --detect_anomaly say, from now on in this process."""
+    """Let torch draw from --seed, and compute as --precision, --deterministic and --detect_anomaly say, from now on."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.precision == "tf32" else "ieee"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)  # with warn_only, attention's backward pass would stay as it is

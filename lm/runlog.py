@@ -70,13 +70,14 @@ class RunLog:
             self._start_bar(step)
 
     @part("log")
-    def train(self, step: int, tokens: int, **values: Any) -> None:
-        """Record one optimizer step; `tokens` counts all targets trained on so far."""
+    def train(self, step: int, tokens: int, when: float | None = None, **values: Any) -> None:
+        """Record one optimizer step, made `when` (seconds since 1970, by default now), after `tokens` targets in all."""
         if self.main:
-            self._recent.append((time.monotonic(), tokens, step))
+            when = time.time() if when is None else when
+            self._recent.append((when, tokens, step))
             (then, before, _), (now, after, _) = self._recent[0], self._recent[-1]
             rate = round((after - before) / (now - then)) if now > then else 0
-            record = {"step": step, **values, "tokens": tokens, "timestamp": time.time(), "tokens_per_sec": rate}
+            record = {"step": step, **values, "tokens": tokens, "timestamp": when, "tokens_per_sec": rate}
             self._append("logs/train.jsonl", record)
             self._show(record)
             if self._wandb:

@@ -15,7 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.characters import prepare_text
-from lm.measure import DTYPES, MAX_LOGITS
+from lm.precision import DTYPES
+
+MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ class Scorer(HFLM):
         precision: str,
         bar: tqdm,
     ):
-        dtype = None if precision == "fp32" else DTYPES[precision]
+        dtype = None if DTYPES[precision] == torch.float32 else DTYPES[precision]
         with quiet():
             super().__init__(
                 model, tokenizer=tokenizer, max_length=max_length, mixed_precision_dtype=dtype, softmax_dtype=torch.float32

@@ -1,7 +1,10 @@
 """What every trainer has between its steps: model, optimizer, progress and checkpoints, and how a run goes on after a stop."""
 
+import functools
+import gc
 import math
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +24,10 @@ from lm.profiling import Profile, part
 from lm.recovery import MAX_ROLLBACKS, find_checkpoint, refuse_another_run, step_or_none
 from lm.run import Run, main_decides
 from lm.sharded_checkpoint import ShardedCheckpoints, load_any
-from lm.step import LossSum, StepResult, settle, train_step
+from lm.step import LossSum, StepResult, Unread, can_hold, read, settle, train_step
+
+MOST_UNREAD = 16  # steps
+READ_WITHIN_SEC = 1.0
 
 
 @dataclass
@@ -37,8 +43,39 @@ class Progress:
         return self.step + self.data_offset
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A step as the trainer asked for it."""
+
+    step: int  # its number, from 1 on
+    data_step: int  # the step whose rows it trains on
+    micro_batches: Sequence[Any]
+    weight: float
+    lr: float
+    max_grad_norm: float
+    source: Callable[[], Any]
+    beta1: float | None
+    also: Any
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step that was made, and what came of it."""
+
+    step: int
+    data_step: int
+    lr: float
+    also: Any  # what the trainer wanted back
+    time: float  # when the device was given it, in seconds since 1970
+    result: StepResult
+
+
 class Session:
     """One run in one process.
+
+    The device is given one step after another without being waited for, and what came of them is read together: at most
+    `MOST_UNREAD` steps or about a second late, and wherever the trainer wants to look, evaluate or save. The first step that is
+    not finite holds back itself and all that follow, on the device, so reading it late changes nothing.
 
     Args:
         bare: the model as transformers knows it; `self.model` may be wrapped for several processes.
@@ -67,6 +104,11 @@ class Session:
         self.checkpoints = open_checkpoints(run, bare, args.max_step_checkpoints)
         settle(self.accelerator, self.model, send_to_device(sample, self.accelerator.device), loss_sum)
         self.progress, self.identity = progress, identity
+        self._held = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        self._can_hold = can_hold(self.accelerator, self.optimizer, bare)
+        self._unread: list[tuple[Asked, Unread, float]] = []
+        self._most_unread, self._last_agreed = 1, time.monotonic()
+        self._stop = 0  # the signal that came to any process, as of the last reading
         self.rollbacks: Counter[int] = Counter()
         self._rolled_back: dict[str, Any] = {}  # what the event says of it
         self.profile: Profile | None = None
@@ -87,6 +129,9 @@ class Session:
             self._save()
         if self.args.profile:
             self.profile = Profile(self.run, self.bare)
+        gc.freeze()  # a full collection walks all that was imported, half a second in the middle of a step
+        gc.disable()
+        self.run.at_end.callback(gc.enable)
 
     def make_step(
         self,
@@ -96,36 +141,78 @@ class Session:
         max_grad_norm: float,
         source: Callable[[], Any],
         beta1: float | None = None,
-    ) -> StepResult | None:
-        """One optimizer step, or None if it stayed non-finite and the run went back to its last checkpoint (`lm.recovery`).
+        look: bool = True,
+        also: Any = None,
+    ) -> list[Made] | None:
+        """Give the device one more step, and return those that have been read since, in their order, each once.
 
-        After None the trainer calls `end_rollback`.
+        None if one of them stayed non-finite and the run went back to its last checkpoint (`lm.recovery`): then the trainer
+        calls `end_rollback`.
 
         Args:
             weight: what this process's losses weigh together.
             max_grad_norm: 0 clips nothing.
             source: says where the rows came from, for the saved batch.
             beta1: as in `lm.step.train_step`.
+            look: whether the trainer wants to know all about this step now, as it does before it evaluates or waits.
+            also: whatever the trainer wants back with the step.
         """
-        progress, accelerator = self.progress, self.accelerator
-
-        def attempt() -> StepResult:  # the seed is for dropout
-            torch.manual_seed(draws.torch_seed(self.args.seed, progress.data_step, accelerator.process_index))
-            clip = max_grad_norm or math.inf
-            return train_step(accelerator, self.model, self.optimizer, micro_batches, self.loss_sum, weight, lr, clip, beta1)
-
-        where = {"step": progress.step + 1, "data_step": progress.data_step}
-        result = step_or_none(self.run, where, micro_batches, attempt, source)
-        if result is None:
+        step, data_step = self.progress.step + 1, self.progress.data_step
+        clip = max_grad_norm or math.inf
+        asked = Asked(step, data_step, micro_batches, weight, lr, clip, source, beta1, also)
+        self.progress.step = step
+        if self._can_hold:
+            self._unread.append((asked, self._attempt(asked, self._held), time.time()))
+            look = look or step % self.args.checkpoint_interval_steps == 0 or len(self._unread) >= self._most_unread
+            if not look:
+                return []
+            made = self._read()
+        else:
+            surely = self._surely(asked)
+            made = surely and [surely]
+        if made is None:
             self._roll_back()
         else:
-            progress.step += 1
-        return result
+            self._agree(len(made))
+        return made
+
+    def _attempt(self, asked: Asked, held: torch.Tensor | None = None) -> Any:
+        """Make a step, or give it to the device; the seed is for dropout."""
+        torch.manual_seed(draws.torch_seed(self.args.seed, asked.data_step, self.accelerator.process_index))
+        how = self.loss_sum, asked.weight, asked.lr, asked.max_grad_norm, asked.beta1, held
+        return train_step(self.accelerator, self.model, self.optimizer, asked.micro_batches, *how)
+
+    def _surely(self, asked: Asked, first: StepResult | None = None) -> Made | None:
+        """Make a step, again if it is not finite, and know at once; None if it stays so."""
+        where = {"step": asked.step, "data_step": asked.data_step}
+        attempt = functools.partial(self._attempt, asked)
+        result = step_or_none(self.run, where, asked.micro_batches, attempt, asked.source, first)
+        if result is None:
+            self.progress.step = asked.step - 1
+            return None
+        return Made(asked.step, asked.data_step, asked.lr, asked.also, time.time(), result)
+
+    def _read(self) -> list[Made] | None:
+        """What came of the steps that the device was given, those made again that it held back; None if one cannot be made."""
+        waiting, self._unread, made, held = self._unread, [], [], False
+        results = read([unread for _, unread, _ in waiting], self.bare, waiting[-1][0].max_grad_norm)
+        for (asked, _, when), result in zip(waiting, results, strict=True):
+            if result.applied and not held:
+                made.append(Made(asked.step, asked.data_step, asked.lr, asked.also, when, result))
+                continue
+            self._held.zero_()
+            again = self._surely(asked, None if held else result)  # what came after it was computed in vain
+            if again is None:
+                return None
+            made.append(again)
+            held = True
+        return made
 
     def end_step(self, done: bool) -> bool:
         """Save if it is time to, and say whether a signal asks to stop before the run is done."""
-        stop = self._agree_to_stop()
-        if stop or done or self.progress.step % self.args.checkpoint_interval_steps == 0:
+        if self._unread:
+            stop = 0
+        elif (stop := self._stop) or done or self.progress.step % self.args.checkpoint_interval_steps == 0:
             self._save()
         if self.profile is not None:
             self.profile.step(self.progress.step)
@@ -135,11 +222,11 @@ class Session:
 
     def stop_while_waiting(self) -> bool:
         """Whether a signal asks to stop, in which case all is saved; for a trainer that waits for its next rows."""
-        stop = self._agree_to_stop()
-        if stop:
+        self._agree(1)
+        if self._stop:
             self._save()
-            self._say_stopped(stop)
-        return bool(stop)
+            self._say_stopped(self._stop)
+        return bool(self._stop)
 
     def give_up(self, error: Exception) -> NoReturn:
         """Save everything and raise `error`, on every process."""
@@ -151,12 +238,17 @@ class Session:
         """Write the final model, with what its folder says of it; False if that was done before."""
         return write_final(self.run, self.checkpoints, self.bare, tokenizer, about)
 
-    def _agree_to_stop(self) -> int:
-        """The signal that came to any process, or 0. Raises: RuntimeError if a checkpoint could not be written."""
-        stop, write_failed = self.run.agree(self.run.stop.received, self.checkpoints.failed())
+    def _agree(self, steps: int) -> None:
+        """Hear of signals to any process, and agree how many steps to leave unread next, after `steps` since the last time.
+
+        Raises: RuntimeError if a checkpoint could not be written.
+        """
+        now = time.monotonic()
+        in_time = int(READ_WITHIN_SEC * steps / max(now - self._last_agreed, 1e-6))
+        self._stop, write_failed, fewest = self.run.agree(self.run.stop.received, self.checkpoints.failed(), -in_time)
+        self._most_unread, self._last_agreed = max(1, min(MOST_UNREAD, -fewest)), now
         if write_failed:
             self._finish_writing()
-        return stop
 
     def _finish_writing(self) -> None:
         finish_writing(self.run, self.checkpoints)
@@ -183,6 +275,8 @@ class Session:
     @part("checkpoint")
     def _save(self) -> None:
         """Checkpoint everything; the log up to here is made durable first."""
+        assert not self._unread, "a step that nobody has looked at may not have been made"
+        gc.collect()
         self.run.log.sync()
         scaler = self.accelerator.scaler
         state = asdict(self.progress) | {"loss_scale": scaler and scaler.state_dict(), "identity": self.identity}

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from datasets import Dataset
@@ -13,8 +12,9 @@ from datasets import Dataset
 from lm import draws
 from lm.chat_format import Example
 from lm.generation import passes
-from lm.measure import DTYPES, MAX_LOGITS
+from lm.loss import token_losses
 from lm.packing import choose_rows
+from lm.precision import autocast
 
 IGNORED = -100  # the label of what is not trained, for torch's cross-entropy, transformers and trl
 
@@ -82,20 +82,19 @@ def reply_loss(
     Raises: RuntimeError, on every process, if it is not finite.
     """
     process, processes = accelerator.process_index, accelerator.num_processes
-    groups = passes([len(example.ids) for example in examples], 0, micro_batch, MAX_LOGITS // model.config.vocab_size)
+    groups = passes([len(example.ids) for example in examples], 0, micro_batch)
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     was_training = model.training
     model.eval()
     for number in range(process, -(-len(groups) // processes) * processes, processes):
         group = groups[min(number, len(groups) - 1)]  # a sharded model needs every process in each pass
         batch = send_to_device(collator([row_of(examples[n]) for n in group]), accelerator.device)
-        labels = batch.pop("labels")[:, 1:].flatten()
-        with torch.autocast(accelerator.device.type, DTYPES[precision], enabled=precision != "fp32"):
-            logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-        trained = labels != IGNORED
-        losses = F.cross_entropy(logits[trained].float(), labels[trained], reduction="none").double()
+        labels = batch.pop("labels")[:, 1:]
+        inputs, trained = {name: rows[:, :-1] for name, rows in batch.items()}, labels != IGNORED
+        with autocast(accelerator.device, precision):
+            nats = token_losses(model, labels.clamp(min=0), **inputs).nats
         if number < len(groups):
-            sums += torch.stack([losses.sum(), trained.sum().double()])
+            sums += torch.stack([torch.where(trained, nats, 0.0).double().sum(), trained.sum().double()])
     model.train(was_training)
     total, count = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(total):

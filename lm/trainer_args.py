@@ -3,20 +3,23 @@
 import importlib.util
 import os
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from lm.args import RunArgs, below, not_positive, outside_0_to_1
-from lm.fsdp import shard
-from lm.measure import DTYPES
+from lm.estimate import Setup
+from lm.fsdp import blocks, shard
 from lm.optim import Decay, OptimizerName, make_optimizer
+from lm.precision import DTYPES
 from lm.schedule import Schedule, ScheduleName
 
 ONE_CYCLE = ("pct_start", "div_factor", "final_div_factor", "three_phase", "cycle_momentum")
 SCHEDULE = ("schedule", "warmup_steps", "min_lr_ratio", *ONE_CYCLE, "decay_share", "warmup_tokens", "decay_tokens")
+MicroBatch = int | Literal["auto"]
 T = TypeVar("T", bound="TrainerArgs")
 
 
@@ -28,8 +31,9 @@ class TrainerArgs(RunArgs):
     """Architecture, with random weights: a preset of lm/presets.py, a folder with config.json, or a hub name."""
     dropout: float | None = None
     """Probability of every dropout of the model; by default that of the preset or configuration."""
-    micro_batch: int
-    """Rows (windows, examples) in one forward pass of one process."""
+    micro_batch: MicroBatch
+    """Rows (windows, examples) in one forward pass of one process. auto: as many as fit into the memory that is free when the
+    run begins (lm/micro_batch_size.py)."""
     grad_accum: int | None = None
     """Forward passes in one optimizer step; follows from --effective_batch by default."""
     effective_batch: int | None = None
@@ -75,13 +79,18 @@ class TrainerArgs(RunArgs):
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """L2 norm to which a longer gradient is scaled down; 0 turns that off."""
+    compile: bool = False
+    """Compile the model's blocks (torch.compile): some ten seconds or more before the first step, less later on; what was
+    compiled is kept in compile_cache beside the run's folder. For long runs on GPUs; on CPUs it hardly pays."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values themselves."""
         found = super().faults()
-        found += below(
-            self, 1, "micro_batch", "grad_accum", "effective_batch", "decay_tokens", "div_factor", "final_div_factor"
-        )
+        found += below(self, 1, "grad_accum", "effective_batch", "decay_tokens", "div_factor", "final_div_factor")
+        if self.micro_batch != "auto":
+            found += below(self, 1, "micro_batch")
+        elif self.grad_accum is not None:
+            found.append(f"--grad_accum {self.grad_accum} with --micro_batch auto, from which it follows: leave it out")
         found += below(self, 0, "warmup_steps", "warmup_tokens", "weight_decay", "max_grad_norm")
         found += not_positive(self, "lr", "adam_eps")
         found += outside_0_to_1(self, "adam_beta1", "adam_beta2", "min_lr_ratio", "pct_start", "decay_share")
@@ -120,10 +129,38 @@ class LargeModelArgs(TrainerArgs):
         return found
 
 
+def compile_blocks(args: TrainerArgs, model: PreTrainedModel) -> None:
+    """Have each block compiled when it is first used, if the arguments say so: all alike, so that one is compiled for all."""
+    if args.compile:
+        cache = Path(args.output_dir).absolute().parent / "compile_cache"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        for block in blocks(model):
+            block.compile()
+
+
+def setup_of(args: TrainerArgs, seq_len: int, num_processes: int, device: torch.device, tokens: int = 0, **known: Any) -> Setup:
+    """What memory and time depend on, for these arguments with --micro_batch as a number (or not used); `known`: more of it."""
+    large = {name: getattr(args, name, False) for name in ("cpu_offload", "grad_checkpoint")}
+    return Setup(
+        optimizer=args.optimizer,
+        precision=args.precision,
+        fsdp=bool(getattr(args, "fsdp", None)),
+        **large,
+        micro_batch=1 if args.micro_batch == "auto" else args.micro_batch,
+        seq_len=seq_len,
+        tokens=tokens,
+        num_processes=num_processes,
+        local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=device,
+        **known,
+    )
+
+
 def lay_out_memory(args: LargeModelArgs, model: PreTrainedModel, accelerator: Accelerator, precision: str) -> None:
     """Do to the model what these arguments say, before its optimizer is made."""
     if args.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_blocks(args, model)
     if args.fsdp:
         shard(model, accelerator, DTYPES[precision], args.cpu_offload)
 

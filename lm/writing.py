@@ -5,7 +5,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from lm.characters import prepare_text
 from lm.fsdp import device_of
-from lm.measure import DTYPES
+from lm.precision import autocast
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -40,7 +40,7 @@ def write(
     model.eval()
     model.generation_config = config
     try:
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(device, precision):
             found = model.generate(ids, attention_mask=torch.ones_like(ids))
     finally:
         model.train(was_training)

@@ -438,7 +438,7 @@ def test_a_file_that_holds_no_tensors_is_refused(name, content, tmp_path, traine
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, trained):
     (path,) = saved(tmp_path, trained, [1]).paths()
-    other = build_model("neox-64x2", 51, 16)
+    other = build_model("neox-64x2", 65, 16)
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(path, other, make_optimizer("adamw", other, 1e-3, (0.9, 0.95), 1e-6, 0.01))
 

@@ -98,8 +98,8 @@ def test_nothing_is_written_over_and_what_is_missing_is_said(scratch, tmp_path):
 def test_a_tokenizer_with_more_ids_than_the_head_is_refused(scratch, tmp_path):
     folder = shutil.copytree(scratch / "run/final", tmp_path / "other")
     file = json.loads((folder / "tokenizer.json").read_text())
-    file["added_tokens"].append(file["added_tokens"][0] | {"id": 300, "content": "<extra>"})
+    file["added_tokens"] += [file["added_tokens"][0] | {"id": n, "content": f"<extra {n}>"} for n in range(300, 321)]
     (folder / "tokenizer.json").write_text(json.dumps(file))
     (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="has 301 ids, .* a vocabulary of 300"):
+    with pytest.raises(ValueError, match="has 321 ids, .* a vocabulary of 320"):
         export(folder, tmp_path / "exported")

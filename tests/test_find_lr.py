@@ -66,6 +66,15 @@ def test_plot_table_and_three_suggestions_are_written_and_no_run(world, trainer,
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
+def test_micro_batch_auto_is_passed_on(world, trainer, tmp_path):
+    """There is memory for all rows of a step."""
+    whole = 6 if trainer == "pretrain" else 12
+    for name, size in (("auto", "auto"), ("fixed", whole)):
+        find(world, trainer, lr_dir=tmp_path / name, micro_batch=size, num_steps=20)
+    assert table(tmp_path / "auto") == table(tmp_path / "fixed")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_its_steps_are_those_that_the_trainer_makes(world, trainer, tmp_path):
     """At one learning rate, the losses and norms are those of the trainer's log: rows, dropout, optimizer, clipping."""
     same = {"lr": 1e-2, "max_grad_norm": 0.5, "dropout": 0.1, "optimizer": "muon", "micro_batch": 3, "seed": 5}

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from packs import SEQ_LEN, publish, write_pack
 from text import byte_level_bpe, documents
 from training import ROOT, kill
@@ -24,6 +25,7 @@ from lm.ladder_plan import Cell, count, find_recipes, make_plan, rows_of_plan, t
 from lm.ladder_results import read_results
 from lm.ladder_run import Runner, is_done
 from lm.presets import PRESETS
+from lm.trainer_args import setup_of
 
 TOKENIZER = byte_level_bpe()
 TINY = [
@@ -190,7 +192,8 @@ def test_what_is_run_for_a_cell_is_its_own_training_and_every_measurement(recipe
 
 def test_each_run_has_gpus_of_its_own_or_shares_one_if_its_memory_allows_it(recipes, tmp_path, monkeypatch):
     cells = cells_of(recipes, tmp_path, ("neox-64x2", "neox-128x2"))
-    least = 2 * cells[-1].memory(4)
+    setup = setup_of(pretrain.Args(scratch_dir="S", micro_batch=4), SEQ_LEN, 1, torch.device("cpu"), device_bytes=1.0)
+    least = 2 * cells[-1].memory(setup)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=least))
@@ -203,11 +206,11 @@ def test_each_run_has_gpus_of_its_own_or_shares_one_if_its_memory_allows_it(reci
     assert gpus() == ["0", "1", "2", "3", "4"]
     assert gpus(processes_per_run=2) == ["0,1", "2,3"]
     assert gpus(gpus="7,4", per_gpu=2) == ["7", "7", "4", "4"]
-    for changes in ({"per_gpu": 3}, {"per_gpu": 2, "micro_batch": 5}):
+    for changes in ({"per_gpu": 3}, {"per_gpu": 2, "micro_batch": 5}, {"per_gpu": 3, "micro_batch": "auto"}):
         with pytest.raises(ValueError, match=rf"--per_gpu {changes['per_gpu']} runs of neox-128x2 need about"):
             gpus(**changes)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert gpus() == ["3", "1"]
+    assert gpus() == gpus("auto") == ["3", "1"]
     with pytest.raises(ValueError, match="--processes_per_run 3, but there are 2 GPUs"):
         gpus(processes_per_run=3)
 
@@ -301,6 +304,9 @@ def test_bad_arguments_are_said_before_anything_runs(recipes, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ladder.main(arguments("run", recipes, tmp_path / "ladder", **changes))
+    for sharing in ("per_gpu", "workers"):
+        with pytest.raises(ValueError, match="--micro_batch auto with runs that share memory, of which each would take all"):
+            ladder.main([*arguments("run", recipes, tmp_path / "ladder", **{sharing: 2}), "--micro_batch=auto"])
     assert not (tmp_path / "ladder").exists()
     with pytest.raises(SystemExit, match="2"):
         ladder.main([*arguments("run", recipes, tmp_path / "ladder"), "--no_such_option=1"])

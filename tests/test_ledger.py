@@ -499,7 +499,7 @@ def test_two_runs_that_saw_the_same_are_said_to_as_far_as_both_go(whole, edited,
 
 def poison(monkeypatch, papers_dir, *data_steps: int) -> None:
     """The first window of these data steps makes the loss NaN."""
-    clean = train.window_loss
+    clean = train.next_token_loss
     args = train.Args(**TINY | {"data_dir": str(papers_dir), "output_dir": "nowhere"})
     windows = train.make_plan(args, read_papers(papers_dir), 1).train
     bad = [torch.from_numpy(windows.windows(12 * data_step, 1)[0]) for data_step in data_steps]
@@ -509,7 +509,7 @@ def poison(monkeypatch, papers_dir, *data_steps: int) -> None:
         hit = any(bool((batch == row).all(dim=1).any()) for row in bad)
         return (loss * float("nan"), finite) if hit else (loss, finite)
 
-    monkeypatch.setattr(train, "window_loss", poisoned)
+    monkeypatch.setattr(train, "next_token_loss", poisoned)
 
 
 def test_what_a_rollback_stepped_over_is_listed_and_not_in_the_ledger(papers_dir, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from lm import draws
-from lm.loss import cross_entropy_sum
+from lm.loss import next_token_loss
 from lm.lr_range import range_test, rates, smooth, suggest, valley
 from lm.models import build_model
 from lm.optim import make_optimizer
@@ -123,10 +123,6 @@ def test_a_smoothed_minimum_far_behind_that_of_the_losses_is_warned_of():
     assert found.warning.startswith(f"the losses themselves were lowest at {lowest:.2g}, which the smoothed ones follow late")
 
 
-def loss_sum(model, ids):
-    return cross_entropy_sum(model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:])
-
-
 def endless(accum=2):
     """Steps of `accum` micro-batches of 3 rows with 8 targets."""
     for step in itertools.count():
@@ -144,7 +140,7 @@ def kit(optimizer="adamw"):
             module.p = 0.1
     model, optimizer = accelerator.prepare(model, make_optimizer(optimizer, model, 1e-3, (0.9, 0.99), 1e-8, 0.1))
     for micro_batches, weight in itertools.islice(endless(), 2):
-        assert train_step(accelerator, model, optimizer, micro_batches, loss_sum, weight, 1e-3, 1.0).applied
+        assert train_step(accelerator, model, optimizer, micro_batches, next_token_loss, weight, 1e-3, 1.0).applied
     return accelerator, model, optimizer
 
 
@@ -164,7 +160,7 @@ def copied(model, optimizer):
 
 def tried(kit, steps, diverged=4.0, seed=0):
     """The curve of a test of 30 steps."""
-    return range_test(*kit, steps, loss_sum, rates(1e-5, 10.0, 30), 1.0, beta=0.5, diverged=diverged, seed=seed)
+    return range_test(*kit, steps, next_token_loss, rates(1e-5, 10.0, 30), 1.0, beta=0.5, diverged=diverged, seed=seed)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "muon", "sgd"])
@@ -184,7 +180,7 @@ def test_a_step_after_the_test_is_that_of_a_model_that_was_not_tested(optimizer)
         if tested:
             tried((accelerator, model, made), endless())
         micro_batches, weight = next(itertools.islice(endless(), 7, None))
-        train_step(accelerator, model, made, micro_batches, loss_sum, weight, 1e-3, 1.0)
+        train_step(accelerator, model, made, micro_batches, next_token_loss, weight, 1e-3, 1.0)
         results.append(copied(model, made))
     assert results[0] == results[1]
 
@@ -203,7 +199,7 @@ def test_every_step_is_the_exact_step_of_a_trainer_at_its_learning_rate():
     losses, norms = [], []
     for step, (lr, (micro_batches, weight)) in enumerate(zip(curve.lrs, endless(), strict=False)):
         torch.manual_seed(draws.torch_seed(11, step, 0))
-        made = train_step(accelerator, model, optimizer, micro_batches, loss_sum, weight, lr, 1.0)
+        made = train_step(accelerator, model, optimizer, micro_batches, next_token_loss, weight, lr, 1.0)
         losses.append(made.loss)
         norms.append(made.grad_norm)
     assert (curve.losses, curve.grad_norms) == (losses, norms)
@@ -217,7 +213,7 @@ def test_it_stops_when_the_smoothed_loss_is_several_times_its_minimum_not_at_one
         calls = itertools.count()
 
         def spiked(model, ids, calls=calls):
-            loss, finite = loss_sum(model, ids)
+            loss, finite = next_token_loss(model, ids)
             return loss * (2 if next(calls) // 2 == 5 else 1), finite
 
         lrs = rates(1e-7, 1e-6, 12)
@@ -233,7 +229,7 @@ def test_it_stops_at_a_loss_that_is_not_finite_and_keeps_what_was_before():
     calls = itertools.count()
 
     def poisoned(made, ids):
-        loss, finite = loss_sum(made, ids)
+        loss, finite = next_token_loss(made, ids)
         return loss * (math.nan if next(calls) >= 8 else 1.0), finite
 
     curve = range_test(
@@ -246,5 +242,7 @@ def test_it_stops_at_a_loss_that_is_not_finite_and_keeps_what_was_before():
 
 def test_max_grad_norm_0_clips_nothing():
     options = {"beta": 0.5, "diverged": 4.0, "seed": 0}
-    curves = [range_test(*kit("sgd"), endless(), loss_sum, rates(1e-3, 1.0, 20), norm, **options) for norm in (0, 1e9, 1e-3)]
+    curves = [
+        range_test(*kit("sgd"), endless(), next_token_loss, rates(1e-3, 1.0, 20), norm, **options) for norm in (0, 1e9, 1e-3)
+    ]
     assert curves[0].losses == curves[1].losses != curves[2].losses

@@ -78,12 +78,23 @@ def test_no_work_of_the_processes_is_thrown_away_while_steps_come_in_order():
     assert [number for _, _, number in made] == list(range(10))
 
 
-def test_a_fault_of_the_maker_reaches_the_trainer():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_maker_reaches_the_trainer(workers):
     def faulty(rows):
         raise ValueError(f"no row {rows.start}")
 
     with pytest.raises(ValueError, match="no row 6"):
-        loader_of(1, 1, make=faulty).step(1)
+        loader_of(workers, 1, make=faulty).step(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_micro_batch_for_a_gpu_lies_in_page_locked_memory(workers):
+    accelerator = SimpleNamespace(device=torch.device("cuda"), process_index=0, num_processes=1)
+    loader = Loader(lambda rows: ({"ids": torch.tensor(rows)}, {"example": rows}), 3, 1, workers, accelerator, 0)
+    ((batch, columns),) = loader.step(1)
+    assert batch["ids"].is_pinned()
+    assert batch["ids"].tolist() == list(columns["example"]) == [3, 4, 5]
 
 
 def test_a_process_that_holds_a_loader_ends_when_its_loaders_are_killed():

@@ -11,7 +11,7 @@ from packs import SEQ_LEN, write_pack
 from text import byte_level_bpe
 
 from lm.loss import MEASURED, means, mixed_loss, packed_loss
-from lm.mixed_rows import CHUNK, MixedRows, text_rows
+from lm.mixed_rows import CHUNK, WORTH_LOADING, MixedRows, text_rows
 from lm.models import build_model
 from lm.packing import pack as pack_examples
 from lm.shards import Pack
@@ -74,8 +74,10 @@ def test_what_was_drawn_before_a_sample_is_counted_alike_by_an_old_and_a_new_obj
 def test_rows_are_the_same_however_they_are_asked_for(mixed):
     whole = mixed.rows(range(30))
     parts = [mixed.rows(range(start, start + 5)) for start in range(0, 30, 5)]
+    assert {len(part) for part in parts} == {3, 5}, "some without a synthetic row"
+    text = {"weights": torch.ones(5, T), "answer": torch.zeros(5, T, dtype=torch.bool)}
     for name, rows in whole.items():
-        assert torch.equal(torch.cat([part[name] for part in parts]), rows), name
+        assert torch.equal(torch.cat([(text | part)[name] for part in parts]), rows), name
 
 
 def test_every_block_comes_once_and_in_order_with_each_of_its_tokens(pack, mixed):
@@ -207,10 +209,13 @@ def test_losses_are_summed_in_float32_under_autocast(pack, name):
         total = loss(model, batch)[0]
         logits = model(batch["input_ids"], use_cache=False).logits
     losses = F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten(), reduction="none")
-    assert total.item() == pytest.approx((losses * batch["weights"].flatten()).sum().item(), rel=1e-5)
+    weights = batch.get("weights", torch.ones(batch["targets"].shape))
+    assert total.item() == pytest.approx((losses * weights.flatten()).sum().item(), rel=1e-5)
 
 
-def test_examples_that_do_not_fit_into_a_row_are_refused_naming_the_longest(pack, tmp_path):
+@pytest.mark.parametrize("worth_loading", [0, WORTH_LOADING])  # by the faster encoder, and by Hugging Face's
+def test_examples_that_do_not_fit_into_a_row_are_refused_naming_the_longest(worth_loading, pack, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm.mixed_rows.WORTH_LOADING", worth_loading)
     alone, file = SimpleNamespace(process_index=0, num_processes=1), tmp_path / "mixin.jsonl"
     words = TOKENIZER.tokenize(" so" * 50)
     exactly = {

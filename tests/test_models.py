@@ -13,7 +13,7 @@ def test_parameters_are_float32_whatever_the_config_says(tmp_path):
     assert AutoModelForCausalLM.from_config(GPTNeoXConfig.from_pretrained(tmp_path)).dtype == torch.float16, "the trap"
     model = build_model(str(tmp_path), 300, 100)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert model.get_input_embeddings().num_embeddings == model.get_output_embeddings().out_features == 300
+    assert model.get_input_embeddings().num_embeddings == model.get_output_embeddings().out_features == 320
 
 
 def test_initial_weights_are_a_function_of_the_seed():

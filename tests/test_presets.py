@@ -76,7 +76,8 @@ def test_olmo_has_the_published_number_of_parameters(name, preset):
 def test_gpt3_has_about_the_published_number_of_parameters(name, parameters, published):
     d, layers = PRESETS[name].hidden, PRESETS[name].layers
     assert 12 * layers * d * d + 13 * layers * d + (50_257 + 2048) * d + 2 * d == parameters
-    assert num_parameters(on_paper(name, 50_257)) == non_embedding_parameters(on_paper(name, 50_257)) == parameters
+    built = on_paper(name, 50_257)
+    assert num_parameters(built) == non_embedding_parameters(built) == parameters + 47 * d, "50,304 rows: a multiple of 64"
     assert parameters == pytest.approx(published, rel=0.02)
 
 
@@ -128,12 +129,21 @@ def test_olmo_begins_with_matrices_cut_off_at_three_deviations():
             assert weight.std() == pytest.approx(0.01973, rel=0.05), name
 
 
+@pytest.mark.parametrize(("name", "ids", "rows"), [("pythia-14m", 50_277, 50_304), ("gpt-baby", 64, 64), ("olmo-4m", 65, 128)])
+def test_the_vocabulary_is_padded_to_what_gpus_multiply_fast(name, ids, rows):
+    """Of GPT-NeoX's 50,277 ids to the 50,304 rows that the published Pythia models have."""
+    model = on_paper(name, ids)
+    assert (
+        model.config.vocab_size == len(model.get_input_embeddings().weight) == len(model.get_output_embeddings().weight) == rows
+    )
+
+
 def test_a_preset_has_more_positions_when_they_are_asked_for_and_never_fewer():
     for name, own in (("gpt-baby", 256), ("olmo-4m", 2048), ("neox-64x2", 2048)):
         with torch.device("meta"):
             positions = [build_model(name, 75, asked).config.max_position_embeddings for asked in (1, own, 5000)]
         assert positions == [own, own, 5000], name
-    assert build_model("gpt-baby", 75, 300)(torch.arange(300)[None] % 75).logits.shape == (1, 300, 75)
+    assert build_model("gpt-baby", 75, 300)(torch.arange(300)[None] % 75).logits.shape == (1, 300, 128)
 
 
 def test_the_size_of_a_model_counts_a_tied_embedding_once_as_head():

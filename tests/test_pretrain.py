@@ -30,6 +30,7 @@ from lm.loss import mixed_loss
 from lm.models import build_model, load_model
 from lm.pretraining import read_pretrainings
 from lm.runlog import records
+from lm.session import Session
 from lm.shards import Pack
 
 TOKENIZER = byte_level_bpe()
@@ -94,16 +95,16 @@ def batches(monkeypatch):
 
 @contextmanager
 def stopping_after(step):
-    """Runs in this process get a signal as they make this step."""
-    account = pretrain.account
+    """Runs in this process get a signal as they make this step, and hear of it before the next."""
+    make_step = Session.make_step
 
-    def at_step(progress, *rest):
-        account(progress, *rest)
-        if progress.step == step:
+    def at_step(session, *rest, look, **how):
+        if now := session.progress.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
+        return make_step(session, *rest, look=look or now, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "account", at_step)
+        patch.setattr(Session, "make_step", at_step)
         yield
 
 
@@ -158,7 +159,7 @@ def test_a_run_logs_what_it_did_and_leaves_a_model_that_transformers_loads(unint
     assert derived["pptrain_checkpoint"] == str(scratch / "pptrain/final")
     assert derived["initial_weights"] == sha256(scratch / "pptrain/final/model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
-    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "final")) == 300
+    assert (len(AutoTokenizer.from_pretrained(folder / "final")), model.config.vocab_size) == (300, 320)
     about = json.loads((folder / "final/about.json").read_text())
     assert about == {name: log[-1][name] for name in ("step", "tokens", "c4_block_idx", "mixin_idx")}
 
@@ -331,7 +332,7 @@ def test_any_model_with_the_tokenizer_of_the_pack_may_be_begun_with(here, tmp_pa
     save(rotary)
     folder = here("rotary", **small)
     assert load_model(folder / "final").config.max_position_embeddings == SEQ_LEN
-    assert load_model(folder / "final").config.vocab_size == 301, "a row too many is never used"
+    assert load_model(folder / "final").config.vocab_size == 320, "rows too many are never used"
     assert f"the architecture is that of {tmp_path}/model" in capsys.readouterr().out
     save(gpt2(SEQ_LEN))
     here("table", **small)

@@ -57,7 +57,7 @@ def test_the_parts_of_a_step_are_its_time(run):
     assert sum(row["ms"] for row in rows if row["step"] in (5, 6, 7, 8)) == pytest.approx(between, rel=0.05)
     for step in range(4, 9):
         assert sum(row["share"] for row in rows if row["step"] == step) == pytest.approx(1)
-    assert all(row["ms"] > 0 for row in rows if row["part"] not in ("evaluate", "checkpoint"))
+    assert all(row["ms"] > 0 for row in rows if row["part"] not in ("evaluate", "checkpoint", "log"))
     assert all(row["device_ms"] is None for row in rows)
     by_part = {name: sum(row["ms"] for row in rows if row["part"] == name) for name in PARTS}
     assert by_part["forward"] + by_part["backward"] > by_part["data"] + by_part["clip"] + by_part["log"] + by_part["other"]
@@ -75,15 +75,15 @@ def test_the_trace_has_five_steps_and_their_ranges(run):
     ranges = [event["name"] for event in trace_of(folder) if event.get("cat") == "user_annotation"]
     assert [name for name in ranges if name.startswith("ProfilerStep#")] == [f"ProfilerStep#{n}" for n in range(3, 8)]
     counts = {name: ranges.count(name) for name in PARTS}
+    assert 5 < counts.pop("wait") <= 10, "for the other processes at every step, for the device where it is read"
+    assert 1 < counts.pop("log") <= 5 + 1
     assert counts == {
         "data": 5,
         "to_device": 5,
         "forward": 5 * 4,
         "backward": 5 * 4,
-        "wait": 5,
         "clip": 5 * 2,
         "optimizer": 5,
-        "log": 5 + 1,
         "evaluate": 1,
         "checkpoint": 1,
         "other": 0,

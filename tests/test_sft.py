@@ -387,8 +387,10 @@ def test_splitting_a_batch_over_passes_and_processes_does_not_change_the_update(
     run(world, "whole", dropout=0.0, micro_batch=8)
     run(world, "split", dropout=0.0, micro_batch=1)
     run(world, "two", count=2, dropout=0.0, micro_batch=2)
+    run(world, "auto", dropout=0.0, micro_batch="auto")
+    assert json.loads((world / "auto/run.json").read_text())["derived"]["micro_batch"] == 8, "memory for all of a step is there"
     expected = {log: records(world / "whole", log) for log in ("train", "eval")}
-    for name in ("split", "two"):
+    for name in ("split", "two", "auto"):
         found = {log: records(world / name, log) for log in expected}
         for key in ("step", "tokens", "assistant_tokens", "lr"):
             assert [record[key] for record in found["train"]] == [record[key] for record in expected["train"]]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lm.loss import cross_entropy_sum
 from lm.optim import make_optimizer
 from lm.step import plan_batch, train_step
 
@@ -25,7 +24,8 @@ class Line(torch.nn.Module):
 
 def loss_sum(model, batch):
     x, target = batch
-    return cross_entropy_sum(model(x)[:, None], target[:, None])
+    logits = model(x)
+    return torch.nn.functional.cross_entropy(logits, target, reduction="sum"), logits.detach().isfinite().all()
 
 
 def batch(count, seed=0):
@@ -126,14 +126,6 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment_and_names_the
     step(untouched, [batch(4)])
     step(untouched, [batch(4, seed=2)])
     assert same(everything(kit), everything(untouched)), "and the run goes on as if nothing had been"
-
-
-def test_an_infinite_logit_at_another_token_is_found_although_the_loss_is_finite():
-    logits = torch.tensor([[[0.0, 1.0, -math.inf]]])
-    loss, finite = cross_entropy_sum(logits, torch.tensor([[0]]))
-    assert math.isfinite(loss)
-    assert not finite
-    assert cross_entropy_sum(logits[..., :2], torch.tensor([[0]]))[1]
 
 
 def with_loss_scale(scale, monkeypatch):

@@ -67,9 +67,23 @@ def test_every_step_is_logged_once_with_its_diagnostics(uninterrupted):
     assert [record["step"] for record in records(uninterrupted, "eval")] == [8, 16, 24, 32, 40]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which torch.compile needs on a CPU")
+def test_compiled_blocks_train_alike(in_process, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    short = {"token_budget": 8 * 288}
+    assert in_process("plain", **short) == 0
+    assert in_process("compiled", **short, compile=True) == 0
+    assert any((tmp_path / "compile_cache").iterdir())
+    ours, theirs = ([record["loss"] for record in records(tmp_path / run, "train")] for run in ("plain", "compiled"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    final = [AutoModelForCausalLM.from_pretrained(tmp_path / run / "final") for run in ("plain", "compiled")]
+    assert [name for name, _ in final[0].named_parameters()] == [name for name, _ in final[1].named_parameters()]
+
+
 def test_the_first_beta_mirrors_the_one_cycle_schedule(in_process, monkeypatch):
     betas, step = [], lm.session.train_step
-    monkeypatch.setattr(lm.session, "train_step", lambda *rest: (betas.append(rest[-1]), step(*rest))[1])
+    monkeypatch.setattr(lm.session, "train_step", lambda *rest: (betas.append(rest[-2]), step(*rest))[1])
     assert in_process(schedule="one_cycle", cycle_momentum=True, token_budget=8 * 288) == 0
     assert betas[0] == betas[-1] == pytest.approx(0.95)
     assert min(betas) == pytest.approx(0.85, abs=0.01)
@@ -79,7 +93,7 @@ def test_the_final_model_loads_with_transformers_and_predicts_as_logged(uninterr
     model = AutoModelForCausalLM.from_pretrained(uninterrupted / "final")
     tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "final")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert model.config.vocab_size == len(tokenizer) == 300
+    assert (len(tokenizer), model.config.vocab_size) == (300, 320)
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
     data = train.make_plan(arguments(papers_dir), train.read_papers(papers_dir), 1).validation
     ids = torch.from_numpy(data.astype("int64"))
@@ -272,7 +286,7 @@ def test_a_fault_that_no_data_explains_ends_the_run_and_says_so(in_process, monk
 
 def poison(monkeypatch, calls=(), rows=()) -> None:
     """Make the loss NaN at the given calls, or whenever one of the given windows is in the micro-batch."""
-    clean, count = train.window_loss, 0
+    clean, count = train.next_token_loss, 0
 
     def poisoned(model, windows):
         nonlocal count
@@ -281,7 +295,7 @@ def poison(monkeypatch, calls=(), rows=()) -> None:
         hit = count - 1 in calls or any(bool((windows == row).all(dim=1).any()) for row in rows)
         return (loss * float("nan"), finite) if hit else (loss, finite)
 
-    monkeypatch.setattr(train, "window_loss", poisoned)
+    monkeypatch.setattr(train, "next_token_loss", poisoned)
 
 
 def test_the_last_checkpoints_are_kept_and_the_rest_removed(uninterrupted):

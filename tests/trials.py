@@ -173,14 +173,15 @@ class Poison:
         if int(os.environ.get("RANK", 0)) != self.process:
             return
         clean_step, clean, left = lm.session.train_step, lm.session.Session.make_step, [self.times]
-        current: list[int] = []
+        meant: list[object] = []  # the micro-batches of that step, which may be attempted again much later
 
-        def make_step(session, *rest):
-            current[:] = [session.progress.data_step]
-            return clean(session, *rest)
+        def make_step(session, micro_batches, *rest, **how):
+            if session.progress.data_step == self.data_step:
+                meant[:] = [micro_batches]
+            return clean(session, micro_batches, *rest, **how)
 
         def train_step(accelerator, model, optimizer, micro_batches, loss_sum, *rest):
-            if current != [self.data_step] or not left[0]:
+            if not any(micro_batches is its for its in meant) or not left[0]:
                 return clean_step(accelerator, model, optimizer, micro_batches, loss_sum, *rest)
             left[0] -= 1
             bad = float(self.value)
