@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lm.args import RunArgs, parse
-from lm.loss import cross_entropy_sum
+from lm.loss import next_token_loss
 from lm.models import build_model, num_parameters
 from lm.optim import make_optimizer
 from lm.run import open_run, start_accelerator
@@ -48,11 +48,6 @@ class Args:
     """fp32 or bf16."""
     folder: str | None = None
     """Where to write; a new temporary folder by default. Another disk, another stall."""
-
-
-def next_token_loss(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of rows (B, T + 1), and whether all logits are finite."""
-    return cross_entropy_sum(model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:])
 
 
 def interval_seconds(session: Session, ids: torch.Tensor, steps: int, kind: str) -> tuple[list[float], bool]:
