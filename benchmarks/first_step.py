@@ -174,9 +174,9 @@ def peer(model: str, data: str, evaluate: bool) -> None:
     set_seed(arguments.seed)
     files = json.loads(Path(data, "texts.json").read_text())
     raw = load_dataset("json", data_files=files, cache_dir=f"{data}/cache")
-    tokenizer = AutoTokenizer.from_pretrained(f"{data}/tokenizer")
-    config = AutoConfig.from_pretrained(f"{data}/{model}")
-    built = AutoModelForCausalLM.from_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(f"{data}/tokenizer", trust_remote_code=False)
+    config = AutoConfig.from_pretrained(f"{data}/{model}", trust_remote_code=False)
+    built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     def tokenize(rows):
         return tokenizer(rows["text"])

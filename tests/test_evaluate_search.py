@@ -378,8 +378,8 @@ def test_a_model_that_is_too_small_for_the_questions_is_refused(tmp_path, data, 
     run = write_run(tmp_path / "short", data, rotary(), tokenizer_dir, seq_len=50)
     with pytest.raises(ValueError, match=r"all 40 prompts are too long \(\d+ tokens or more\) for --seq_len 50 of the run"):
         evaluate(run)
-    run = write_run(tmp_path / "narrow", data, build_model("neox-64x2", 120, 512), tokenizer_dir)
-    with pytest.raises(ValueError, match=r"the model has a vocabulary of 120, the tokenizer gives id \d+"):
+    run = write_run(tmp_path / "narrow", data, build_model("neox-64x2", 128, 512), tokenizer_dir)
+    with pytest.raises(ValueError, match=r"the model has a vocabulary of 128, the tokenizer gives id \d+"):
         evaluate(run)
 
 

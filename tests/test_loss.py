@@ -224,7 +224,7 @@ def test_the_model_is_afterwards_as_before():
     before = model(input_ids=inputs).logits
     next_token_loss(model, torch.cat([inputs, targets[:, -1:]], dim=1))
     with pytest.raises(IndexError):
-        next_token_loss(model, torch.full((1, 3), V + 1))
+        next_token_loss(model, torch.full((1, 3), model.config.vocab_size))
     assert "forward" not in vars(model.get_output_embeddings())
     assert torch.equal(model(input_ids=inputs).logits, before)
 

@@ -1,5 +1,6 @@
 """The four faults that stopped an earlier attempt at OLMo's ladder, each as a law that every architecture here keeps."""
 
+import math
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -58,12 +59,13 @@ def test_building_saving_and_loading_twice_gives_the_same_names_and_numbers_once
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("ids", "rows"), [(50_277, 50_304), (50_280, 50_304), (50_304, 50_304), (50_305, 50_432), (75, 128)])
-def test_embedding_and_head_have_a_row_for_every_id_of_the_tokenizer(name, ids, rows):
+@pytest.mark.parametrize("ids", [50_277, 50_280, 50_304, 50_305, 75])
+def test_embedding_and_head_have_a_row_for_every_id_of_the_tokenizer(name, ids):
     with torch.device("meta"):
         model = build_model(name, ids, 16)
     sizes = len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight), model.config.vocab_size
-    assert sizes == ((rows,) * 3 if name.startswith("olmo") else (ids,) * 3)
+    multiple = 128 if name.startswith("olmo") else 64
+    assert sizes == (math.ceil(ids / multiple) * multiple,) * 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

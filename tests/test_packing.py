@@ -134,7 +134,7 @@ def test_attention_that_costs_nearly_all_keeps_rows_short_and_attention_that_cos
 
 
 def test_attention_reach_is_where_both_costs_are_equal():
-    hidden, layers, vocab = 64, 2, 300
+    hidden, layers, vocab = 64, 2, 320
     model = build_model("neox-64x2", vocab, 100)
     matrices = layers * 12 * hidden**2 + vocab * hidden  # 4 h^2 of attention and 8 h^2 of MLP a layer, and the head
     assert attention_reach(model) == matrices / (2 * layers * hidden)

@@ -76,7 +76,7 @@ def test_the_trace_has_five_steps_and_their_ranges(run):
     assert [name for name in ranges if name.startswith("ProfilerStep#")] == [f"ProfilerStep#{n}" for n in range(3, 8)]
     counts = {name: ranges.count(name) for name in PARTS}
     assert 5 < counts.pop("wait") <= 10, "for the other processes at every step, for the device where it is read"
-    assert 1 < counts.pop("log") <= 5 + 1
+    assert 1 < counts.pop("log") <= 3 + 5 + 1, "of steps before them too, when these are read only now"
     assert counts == {
         "data": 5,
         "to_device": 5,
