@@ -1,13 +1,15 @@
-"""How many steps' time does a checkpoint hold training up, written in the background and waited for?
+"""How long does a checkpoint hold training up, beside the `torch.save` that a script would wait for?
 
     python -m benchmarks.checkpoint_stall
     python -m benchmarks.checkpoint_stall --rows 16 --seq_len 2048 --precision bf16      # on a GPU
 
 One run (the Session of the trainers, AdamW, one process) makes intervals of equally many steps, in turn: without a checkpoint,
-with one that is written in the background, and with one of the same state that the run waits for. Both are saved at the end of
-the interval's first step. The wait is how much longer that step takes than the median step without a checkpoint; the stall is
-how much longer the whole interval takes than those without, so that steps which the writing slows down count too. Both are in
-median steps, the stall is the median over rounds, and everything is appended to benchmarks/results.jsonl.
+with one that is written in the background, with one that the run waits for until it is read back and named, and with a
+`torch.save` of the same weights and moments, neither synced, nor hashed, nor read back. All are saved at the end of the
+interval's first step. The wait is how much longer that step takes than the median step without a checkpoint; the stall is how
+much longer the whole interval takes than that of the same round without, so that steps which the writing slows down count too.
+Both are in median steps, the stall is the median over rounds, and so are the ratios, to what torch.save costs. With
+OMP_NUM_THREADS=1 on two cores, one is free for the writing, as beside a GPU. Appended to benchmarks/results.jsonl.
 """
 
 import json
@@ -27,14 +29,14 @@ from lm.optim import make_optimizer
 from lm.run import open_run, start_accelerator
 from lm.session import Progress, Session
 
-KINDS = ("none", "background", "blocking")
+KINDS = ("none", "background", "blocking", "torch.save")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """What is measured."""
 
-    model: str = "pythia-160m"
+    model: str = "pythia-70m"
     """Preset of lm/models.py."""
     rows: int = 1
     """Sequences in a step."""
@@ -42,7 +44,7 @@ class Args:
     """Targets in a sequence."""
     interval: int = 12
     """Steps of an interval; the background write must be done within one."""
-    rounds: int = 4
+    rounds: int = 5
     """Measured intervals of each kind, after one of each that warms up."""
     precision: str = "fp32"
     """fp32 or bf16."""
@@ -56,9 +58,17 @@ def interval_seconds(session: Session, ids: torch.Tensor, steps: int, kind: str)
     for number in range(steps):
         start = time.perf_counter()
         session.make_step([ids], targets, 1e-4, 1.0, lambda: None)
-        session.end_step(done=number == 0 and kind != "none")  # a run that is done saves, whatever its interval
-        if number == 0 and kind == "blocking":
+        saving = number == 0
+        session.end_step(done=saving and kind in ("background", "blocking"))  # a run that is done saves, whatever its interval
+        if saving and kind == "blocking":
             session.checkpoints.wait()
+        if saving and kind == "torch.save":
+            state = {
+                "model": session.model.state_dict(),
+                "optimizer": session.optimizer.state_dict(),
+                "step": session.progress.step,
+            }
+            torch.save(state, session.run.folder / "checkpoint.pt")
         times.append(time.perf_counter() - start)
     return times, session.checkpoints.idle()
 
@@ -93,12 +103,17 @@ def measure(args: Args, folder: Path) -> dict:
                     raise RuntimeError(f"the write was not done after {args.interval} steps: raise --interval")
                 if number:
                     times[kind].append(took)
-                    print(f"{kind:>10}  " + "  ".join(f"{sec:.2f}" for sec in took), flush=True)
+                    print(f"{kind:>10}  first step {took[0]:6.2f} s, all {sum(took):6.2f} s", flush=True)
         files = session.checkpoints.paths()[-1].iterdir()
         written_bytes = sum(file.stat().st_size for file in files)
         run.close()
     step = statistics.median(sec for took in times["none"] for sec in took)
-    plain = statistics.median(sum(took) for took in times["none"])
+    waits = {kind: statistics.median(took[0] for took in times[kind]) / step - 1 for kind in KINDS}
+    stalls = {
+        kind: [(sum(took) - sum(without)) / step for took, without in zip(times[kind], times["none"], strict=True)]
+        for kind in KINDS
+    }
+    medians = {kind: statistics.median(found) for kind, found in stalls.items()}
     return {
         "benchmark": "checkpoint_stall",
         "model": args.model,
@@ -109,9 +124,13 @@ def measure(args: Args, folder: Path) -> dict:
         "parameters": num_parameters(model),
         "written_gb": round(written_bytes / 1e9, 3),
         "step_sec": round(step, 4),
-        "wait_steps": {k: round(statistics.median((t[0] - step) / step for t in times[k]), 2) for k in KINDS},
-        "stall_steps": {k: round(statistics.median((sum(t) - plain) / step for t in times[k]), 2) for k in KINDS},
-        "stall_range": {k: [round((f(map(sum, times[k])) - plain) / step, 2) for f in (min, max)] for k in KINDS},
+        "wait_steps": {kind: round(found, 2) for kind, found in waits.items()},
+        "stall_steps": {kind: round(found, 2) for kind, found in medians.items()},
+        "stall_range": {kind: [round(min(found), 2), round(max(found), 2)] for kind, found in stalls.items()},
+        "ratio": {
+            "wait": round(waits["background"] / waits["torch.save"], 2),
+            "stall": round(medians["background"] / medians["torch.save"], 2),
+        },
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
 
@@ -124,9 +143,7 @@ def main(args: Args) -> None:
     print("            wait (steps)  stall (steps)  least and most of a round")
     for kind in KINDS:
         print(f"{kind:>10}  {row['wait_steps'][kind]:>12}  {row['stall_steps'][kind]:>13}  {row['stall_range'][kind]}")
-    print(
-        f"ratio of the stalls, blocking / background: {row['stall_steps']['blocking'] / row['stall_steps']['background']:.1f}"
-    )
+    print("of torch.save's, in the background: wait {wait}, stall {stall}".format(**row["ratio"]))
     with open(Path(__file__).parent / "results.jsonl", "a") as file:
         file.write(json.dumps(row | {"torch": torch.__version__, "timestamp": time.time()}) + "\n")
 

@@ -97,18 +97,19 @@ def make_data(folder: Path, samples: Path, model: str) -> None:
     run(folder, "fetch_arxiv.py", "--dataset", samples / "pubmed", "--tokenizer", tokenizer, *papers)
 
 
-def options(trainer: str, model: str, data: Path) -> list[str]:
-    """The arguments of three steps of 128 tokens or a little more, all but the run's folder."""
+def options(trainer: str, model: str, data: Path, rows: int = 1, steps: int = 3) -> list[str]:
+    """The arguments of a few steps of rows of 128 tokens (pptrain.py: twice as many examples), all but the run's folder."""
     same = ["--dirty", "--force_cpu", "--precision", "fp32", "--model", model]
-    one_row = ["--micro_batch", "1", "--effective_batch", "1"]
+    batch = ["--micro_batch", str(rows), "--effective_batch", str(rows)]
+    examples = ["--micro_batch", str(2 * rows), "--effective_batch", str(2 * rows)]
     graphs = ["--scratch_dir", str(data), "--data_dir", str(data / "splits"), "--log_every", "1"]
     own = {
-        "train": [*one_row, "--K", "4", "--data_dir", str(data / "papers"), "--token_budget", str(3 * SEQ_LEN)],
-        "pptrain": [*graphs, "--micro_batch", "2", "--effective_batch", "2", "--tokenizer", str(data / "tokenizer")],
-        "pretrain": [*graphs, *one_row, "--pptrain_checkpoint", "none", "--total_steps", "3", "--sample_every", "0"],
+        "train": [*batch, "--K", "4", "--data_dir", str(data / "papers"), "--token_budget", str(steps * rows * SEQ_LEN)],
+        "pptrain": [*graphs, *examples, "--tokenizer", str(data / "tokenizer"), "--max_steps", str(steps)],
+        "pretrain": [*graphs, *batch, "--pptrain_checkpoint", "none", "--total_steps", str(steps), "--sample_every", "0"],
     }
     own["train"] += ["--sequence_length", str(SEQ_LEN)]
-    own["pptrain"] += ["--max_steps", "3", "--seq_len", str(SEQ_LEN), "--eval_subset_size", "2"]
+    own["pptrain"] += ["--seq_len", str(SEQ_LEN), "--eval_subset_size", "2"]
     own["pretrain"] += ["--eval_blocks", "1", "--eval_subset_size", "1"]
     return [*same, *own[trainer]]
 

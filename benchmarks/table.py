@@ -57,7 +57,8 @@ def first_steps(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
 
 
 def checkpoint_stalls(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
-    yield f"checkpoint stall, {row['model']} {row['device']}", "torch.save", row["ratio"], 0.2, False
+    for name, words in (("wait", "wait for a checkpoint"), ("stall", "the same and slower steps")):
+        yield f"{words}, {row['model']}, {row['device']}", "torch.save", row["ratio"][name], 0.2, False
 
 
 QUESTIONS: dict[str, Callable[[Row], Iterator[tuple[str, str, float, float, bool]]]] = {
@@ -68,7 +69,17 @@ QUESTIONS: dict[str, Callable[[Row], Iterator[tuple[str, str, float, float, bool
     "first_step": first_steps,
     "checkpoint_stall": checkpoint_stalls,
 }
-NAMES = ("model", "precision", "stage", "rows", "micro_batch", "sequence_length", "device", "max_lookahead")  # tell cases apart
+NAMES = (
+    "model",
+    "trainer",
+    "precision",
+    "stage",
+    "rows",
+    "micro_batch",
+    "sequence_length",
+    "device",
+    "max_lookahead",
+)  # tell cases apart
 
 
 def newest(path: Path, since: float) -> list[Row]:
@@ -89,7 +100,9 @@ def road(rows: list[Row]) -> Iterator[tuple[str, str]]:
             case = f"graph search, stage {row['stage']} of {row['max_lookahead']}, as ids"
             yield case, f"{row['examples_per_sec']['ids']:,} examples/s, one process"
         elif row["benchmark"] == "road":
-            yield f"{row['trainer']}.py, {row['model']}", row["said"]
+            waited = row["ms"]["data"] + row["ms"]["to_device"]
+            share = f"{waited / row['step_ms']:.2%} of a step of {row['step_ms']} ms"
+            yield f"rows of {row['trainer']}.py, {row['model']}", f"{waited:.2f} ms, {share}"
         elif row["benchmark"] == "checkpoint_stall":
             yield (
                 f"checkpoint, {row['model']}",

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 import safetensors.torch
 import torch
+from damage import flip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from training import TINY, flags, run
@@ -142,15 +143,19 @@ def test_loading_leaves_no_moment_of_before(tmp_path, trained):
     assert not trained[1].state
 
 
-def test_a_write_that_reads_back_damaged_is_an_error_and_replaces_nothing(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_write_that_reads_back_damaged_is_an_error_and_replaces_nothing(name, tmp_path, trained, monkeypatch):
     checkpoints = saved(tmp_path, trained, [1])
     checkpoints.save(1, *trained, {"note": "another"})
     checkpoints.wait()
-    monkeypatch.setattr(
-        "lm.checkpoint.damage", lambda path: "a disk that forgets" if path.name.startswith(".") else damage(path)
-    )
+
+    def forget_a_bit(synced):
+        if synced.name == name:
+            flip(synced, synced.stat().st_size // 2)
+
+    monkeypatch.setattr("lm.checkpoint._forget", forget_a_bit)
     checkpoints.save(1, *trained, {"note": "a third"})
-    with pytest.raises(RuntimeError, match="reads back damaged .a disk that forgets."):
+    with pytest.raises(RuntimeError, match=rf"{name} reads back as something else.*make room or mend"):
         checkpoints.wait()
     assert json.loads((tmp_path / "step_00000001/state.json").read_text())["note"] == "another"
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
