@@ -46,7 +46,7 @@ from lm.micro_batches import Loader, rows_of_step
 from lm.models import architecture, build_model, num_parameters
 from lm.packing import Batch, Loss, attention_reach, pack, row_ids, sees_only_itself
 from lm.profiling import part
-from lm.run import EXIT_STOPPED, Run, open_run, run_and_exit, start_accelerator
+from lm.run import EXIT_STOPPED, Run, beside, open_run, run_and_exit, start_accelerator
 from lm.schedule import Schedule, ScheduleName
 from lm.session import Made, Session
 from lm.splits import Splits, read_splits
@@ -346,8 +346,14 @@ class Prepared:
     longest: int  # tokens in one of them
 
 
+def make_model(args: Args, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """With random weights."""
+    torch.manual_seed(args.seed)
+    return build_model(args.model, len(tokenizer), args.seq_len, special_ids(tokenizer), args.dropout)
+
+
 def prepare(args: Args) -> Prepared:
-    """Read the data and build the model. Raises: ValueError or FileNotFoundError for whatever does not fit."""
+    """Read the data while the model is built. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     args = replace(args, output_dir=args.output_dir or str(Path(args.scratch_dir) / "pptrain"))
     check(args.faults())
     args = fall_back(args)
@@ -358,6 +364,7 @@ def prepare(args: Args) -> Prepared:
     args = with_micro_batch(args, args.effective_batch, *of_model, accelerator, packed=True)
     grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum
     grad_accum, effective = plan_batch(args.micro_batch, grad_accum, args.effective_batch, accelerator.num_processes)
+    building = beside(lambda: make_model(args, tokenizer))
     splits = read_splits(args.data_dir, args.max_input_size, args.max_lookahead, args.generator)
     task = splits.task
     encoder = Encoder(tokenizer)
@@ -367,8 +374,7 @@ def prepare(args: Args) -> Prepared:
     share, longest = share_too_long(task, task.max_lookahead, encoder, args.seq_len, generator=args.generator)
     held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, args.seq_len)
     check_fit(args, task, share, longest, held_out)
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, len(tokenizer), args.seq_len, special_ids(tokenizer), args.dropout)
+    model = building.result()
     reach = attention_reach(model) if sees_only_itself(model) else None
     schedule = args.lr_schedule(args.max_steps, tokens_per_step=1)
     plan = Plan(task, examples, held_out, grad_accum, effective, reach, schedule)

@@ -24,6 +24,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from lm.packing import Batch, Loss, attention_reach, sees_only_itself
 from lm.presets import GPT, PRESETS
 from lm.profiling import part
 from lm.results import has_results, loss_and_perplexity, write_results
-from lm.run import EXIT_STOPPED, main_decides, open_run, run_and_exit, start_accelerator
+from lm.run import EXIT_STOPPED, beside, main_decides, open_run, run_and_exit, start_accelerator
 from lm.schedule import Schedule, ScheduleName
 from lm.session import Made, Session
 from lm.shards import Pack
@@ -397,12 +398,15 @@ def make_plan(
     args: Args,
     pack: Pack,
     splits: Splits | None,
-    model: PreTrainedModel,
+    building: Future[PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     batch: tuple[int, int],
     accelerator: Accelerator,
 ) -> Plan:
-    """Choose what is held out, and see that text and examples suffice; `batch` is (grad_accum, effective_batch).
+    """Choose what is held out, and see that text and examples suffice, while the model is built.
+
+    Args:
+        batch: (grad_accum, effective_batch).
 
     Raises: ValueError if they do not.
     """
@@ -423,10 +427,11 @@ def make_plan(
         held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, pack.seq_len)
         if not held_out.num_rows:
             raise ValueError(f"--seq_len {pack.seq_len} is too short for all held-out examples: pack longer blocks")
-    reach = attention_reach(model) if splits and sees_only_itself(model) else None
     schedule, prompt = args.lr_schedule(args.total_steps, effective * pack.seq_len), prompt_ids(tokenizer, args.sample_prompt)
     if len(prompt) >= pack.seq_len:
         raise ValueError(f"--sample_prompt has {len(prompt)} tokens, blocks {pack.seq_len}: pass a shorter one")
+    model = building.result()
+    reach = attention_reach(model) if splits and sees_only_itself(model) else None
     return Plan(mixed, held_out_blocks, held_out, reach, grad_accum, effective, packing, schedule, prompt)
 
 
@@ -517,8 +522,9 @@ def prepare(args: Args) -> Prepared:
     batch = lay_out(args, accelerator.num_processes)
     args = with_steps(args, pack, batch[1])
     reckon(args, *of_model, batch, accelerator)
-    model = make_model(args, beginning, tokenizer, pack.seq_len)
-    plan = make_plan(args, pack, splits, model, tokenizer, batch, accelerator)
+    building = beside(lambda: make_model(args, beginning, tokenizer, pack.seq_len))
+    plan = make_plan(args, pack, splits, building, tokenizer, batch, accelerator)
+    model = building.result()
     lay_out_memory(args, model, accelerator, args.precision)
     return Prepared(args, accelerator, splits, beginning, tokenizer, plan, model)
 

@@ -39,7 +39,7 @@ from lm.micro_batches import Loader, rows_of_step
 from lm.models import architecture, build_model, num_parameters
 from lm.papers import Papers, read_papers
 from lm.profiling import part
-from lm.run import EXIT_STOPPED, open_run, run_and_exit, start_accelerator
+from lm.run import EXIT_STOPPED, beside, open_run, run_and_exit, start_accelerator
 from lm.s3 import S3Folder
 from lm.schedule import Schedule, ScheduleName, evaluations_since_best, plateau_factor
 from lm.session import Session
@@ -304,11 +304,12 @@ def prepare(args: Args) -> Prepared:
     accelerator = start_accelerator(args.precision, args.force_cpu)
     if args.upload_results_to_s3 and accelerator.is_main_process:
         results_folder(args)  # no bucket should be noticed now and not after the last step
+    loading = beside(lambda: load_tokenizer(Path(args.data_dir) / "tokenizer"))
     papers = read_papers(args.data_dir, verify=args.verify_data)
     of_model = args.model, papers.meta["vocab_size"], args.sequence_length
     args = with_micro_batch(args, args.effective_batch or WINDOWS, *of_model, accelerator)
     plan = make_plan(args, papers, accelerator.num_processes)
-    tokenizer = load_tokenizer(papers.folder / "tokenizer")
+    tokenizer = loading.result()
     if fingerprint(tokenizer) != papers.meta["tokenizer"]["fingerprint"]:
         raise ValueError(f"{papers.folder}/tokenizer did not make {papers.folder}/tokens.bin: run fetch_arxiv.py again")
     torch.manual_seed(args.seed)

@@ -38,7 +38,8 @@ def training_steps(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
 
 def packed_steps(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
     if row["stage"] in (targets := {1: 4.0, 8: 1.5, 32: 1.0}):
-        yield f"curriculum step, stage {row['stage']}", "padded", row["ratio"]["padded"], targets[row["stage"]], True
+        for peer, ratio in row["ratio"].items():
+            yield f"curriculum step, stage {row['stage']}", peer, ratio, targets[row["stage"]], True
 
 
 def packing(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:

@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
@@ -32,6 +34,7 @@ from lm.tokenizer import save_tokenizer
 FORMAT = "checkpoint-2"
 MADE_BY = "the training script"
 MAX_MANIFEST_BYTES = 2**20  # of a file that names a dozen others
+NICENESS = 10  # of the thread that writes; at 19, the lowest priority, it hardly writes while training uses every core
 
 
 class Checkpoints:
@@ -44,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, main: bool = True):
         self.folder, self.keep, self.main = folder, keep, main
-        self._writer = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writer = futures.ThreadPoolExecutor(1, "checkpoint", initializer=_step_aside)
         self._pending: list[futures.Future] = []  # writes that are not done, or have failed
         self._idle: list[dict[str, torch.Tensor]] = []  # copies that no write reads any more
 
@@ -189,6 +192,12 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         for name, parameter in model.named_parameters()
         for moment, value in moments_of(optimizer, parameter).items()
     }
+
+
+def _step_aside() -> None:
+    """Give this thread a tenth of a core that training wants too: threads that share a step wait for the slowest of them."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class _Digests:

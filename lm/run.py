@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -85,6 +86,14 @@ class Run:
         """Leave together: a launcher that sees one process end with a code terminates those that are still writing."""
         self.log.close()
         self.accelerator.wait_for_everyone()
+
+
+def beside(make: Callable[[], T]) -> Future[T]:
+    """Begin to make something while the caller goes on; `result` waits for it, and raises what making it raised."""
+    executor = ThreadPoolExecutor(1)
+    making = executor.submit(make)
+    executor.shutdown(wait=False)
+    return making
 
 
 def main_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -1,9 +1,11 @@
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ import pretrain
 import train
 from lm.args import parse
 from lm.beginning import find_beginning
-from lm.checkpoint import Checkpoints, damage, load_checkpoint, read_fields
+from lm.checkpoint import NICENESS, Checkpoints, damage, load_checkpoint, read_fields
 from lm.files import sha256, write_json, write_sealed
 from lm.models import build_model, load_model
 from lm.optim import make_optimizer
@@ -159,6 +161,21 @@ def test_a_write_that_reads_back_damaged_is_an_error_and_replaces_nothing(name, 
         checkpoints.wait()
     assert json.loads((tmp_path / "step_00000001/state.json").read_text())["note"] == "another"
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_what_writes_steps_aside_for_training_and_nothing_else_does(tmp_path, trained, monkeypatch):
+    found = []
+
+    def noted(path, value):
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        write_json(path, value)
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    monkeypatch.setattr("lm.checkpoint.write_json", noted)
+    saved(tmp_path, trained, [1])
+    assert found == [NICENESS]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before < NICENESS
 
 
 def test_a_checkpoint_that_was_being_replaced_when_the_run_was_killed_has_its_name_again(tmp_path, trained):

@@ -3,16 +3,19 @@
 How long a start takes, python -m benchmarks.first_step measures.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from training import ROOT, flags
 from world import World
 
+from lm.args import parse
 from lm.xoshiro import KERNELS, cache_folder
 
 # Each costs a tenth of a second to several. What transformers and accelerate import themselves (scipy, boto3, torch._dynamo)
@@ -56,6 +59,32 @@ def test_nothing_heavy_is_imported_before_a_run_begins(trainer, world, tmp_path)
     assert WITHOUT[trainer] & set(imported) == set()
     assert (collecting, frozen) == (True, True), "the garbage collector works, but not on what was imported"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "slow", "data"),
+    [
+        ("train", "load_tokenizer", "read_papers"),
+        ("pptrain", "build_model", "read_splits"),
+        ("pretrain", "build_model", "encode_subset"),
+    ],
+)
+def test_data_are_read_while_the_tokenizer_is_loaded_or_the_model_built(trainer, slow, data, world, tmp_path, monkeypatch):
+    """Neither returns before the other has begun."""
+    meeting, module = threading.Barrier(2, timeout=60), importlib.import_module(trainer)
+
+    def meets(name):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            meeting.wait()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    meets(slow)
+    meets(data)
+    module.prepare(parse(module.Args, flags(**world.options(trainer), output_dir=tmp_path / "run")))
 
 
 def sources(folder: Path) -> Path:
