@@ -59,6 +59,8 @@ def interval_seconds(session: Session, ids: torch.Tensor, steps: int, kind: str)
         start = time.perf_counter()
         session.make_step([ids], targets, 1e-4, 1.0, lambda: None)
         saving = number == 0
+        if session.stop_while_waiting():
+            raise SystemExit("stopped")
         session.end_step(done=saving and kind in ("background", "blocking"))  # a run that is done saves, whatever its interval
         if saving and kind == "blocking":
             session.checkpoints.wait()
