@@ -9,6 +9,6 @@ for name in training_step packed_step window_sampling packing synthetic_generati
 done
 for threads in 1 2; do
     echo "== checkpoint_stall, $threads threads"
-    OMP_NUM_THREADS=$threads python -m benchmarks.checkpoint_stall --interval $((12 * threads))
+    OMP_NUM_THREADS=$threads python -m benchmarks.checkpoint_stall --interval $((15 * threads))
 done
 python -m benchmarks.table --since "$begun"

@@ -34,7 +34,7 @@ from lm.tokenizer import save_tokenizer
 FORMAT = "checkpoint-2"
 MADE_BY = "the training script"
 MAX_MANIFEST_BYTES = 2**20  # of a file that names a dozen others
-NICENESS = 10  # of the thread that writes; at 19, the lowest priority, it hardly writes while training uses every core
+NICENESS = 5  # of the thread that writes; at 19, the lowest priority, it hardly writes while training uses every core
 
 
 class Checkpoints:
@@ -195,7 +195,7 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _step_aside() -> None:
-    """Give this thread a tenth of a core that training wants too: threads that share a step wait for the slowest of them."""
+    """Give this thread a quarter of a core that training wants too: threads that share a step wait for the slowest of them."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
