@@ -41,7 +41,7 @@ from lm.plots import lr_range_figure
 from lm.provenance import read_tree
 from lm.run import main_decides, run_and_exit, set_numerics
 from lm.step import LossSum, settle
-from lm.trainer_args import optimizer_of
+from lm.trainer_args import fall_back, optimizer_of
 
 LABELS = {"steepest": "steepest descent", "valley": "middle of the descent", "minimum_tenth": "minimum / 10"}
 
@@ -221,6 +221,7 @@ def write_results(folder: Path, trainer: str, args: Any, trial: Trial, curve: Cu
 def main(args: OfTrain | OfPptrain | OfPretrain) -> int:
     """Test, write what was seen, and return the exit code."""
     check(args.range_faults())
+    args = fall_back(args)
     trainer, begin = next((name, begin) for name, (kind, begin) in TRAINERS.items() if isinstance(args, kind))
     folder = results_folder(args)
     trial = begin(replace(args, output_dir=str(folder), resume_from="auto", ledger=False))  # where no run can be gone on with

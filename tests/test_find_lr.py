@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 
 import pytest
 from launch import Launch, arguments
@@ -63,6 +64,14 @@ def test_plot_table_and_three_suggestions_are_written_and_no_run(world, trainer,
     said = capsys.readouterr().out
     assert f"steepest descent {found['suggestions']['steepest']:.2g}" in said
     assert (tmp_path / "lr/lr_range.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_bitsandbytes_it_falls_back_to_adamw_as_the_trainer_does_and_says_so_once(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    find(world, "train", lr_dir=tmp_path / "lr", optimizer="adamw8bit")
+    assert capsys.readouterr().out.count("falling back to adamw") == 1
+    find(world, "train", lr_dir=tmp_path / "adamw")
+    assert table(tmp_path / "lr") == table(tmp_path / "adamw")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
