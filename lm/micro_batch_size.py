@@ -25,8 +25,8 @@ from lm.precision import DTYPES
 from lm.run import main_decides, set_numerics
 from lm.trainer_args import TrainerArgs, setup_of
 
-# Of the free memory may be used, by the estimate. On a CPU glibc keeps much of what is freed: benchmarks/memory.py saw 1.2 to
-# 2.7 times as much resident memory as tensors, the more the smaller the model, beside which the libraries count for more.
+# Of the free memory may be used, by the estimate. On a CPU glibc keeps much of what is freed: benchmarks/memory.py saw 1.05 to
+# 2.6 times as much resident memory as the estimate, the more the smaller the model.
 ROOM = {"cpu": 0.6, "tried": 0.95, "divided": 0.8}
 T = TypeVar("T", bound=TrainerArgs)
 

@@ -78,7 +78,7 @@ def test_the_quickstart_runs_and_run_again_does_only_what_is_missing(samples, co
 
     def quickstart():
         command = ["bash", str(committed / "scripts" / "quickstart.sh")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
