@@ -320,11 +320,11 @@ def parameters_of(base: str, d: int, layers: int, vocab: int) -> int:
         ("psann-tiny-geosparse", "geosparse", (128, 4), 4096, 1_883_784),
         ("psann-13m", "respsann", (256, 6), 16_384, 13_136_646),
         ("psann-13m-transformer", "transformer", (256, 6), 16_384, 13_118_214),
-        ("psann-125m", "respsann", (768, 12), 50_257, 162_305_292),
-        ("psann-125m-transformer", "transformer", (768, 12), 50_257, 162_194_700),
-        ("psann-300m", "respsann", (1024, 16), 50_257, 304_565_264),
-        ("psann-1b", "respsann", (2048, 16), 50_257, 1_011_783_696),
-        ("psann-3b", "respsann", (3072, 24), 50_257, 3_028_091_928),
+        ("psann-125m", "respsann", (768, 12), 50_304, 162_377_484),
+        ("psann-125m-transformer", "transformer", (768, 12), 50_304, 162_266_892),
+        ("psann-300m", "respsann", (1024, 16), 50_304, 304_661_520),
+        ("psann-1b", "respsann", (2048, 16), 50_304, 1_011_976_208),
+        ("psann-3b", "respsann", (3072, 24), 50_304, 3_028_380_696),
     ],
 )
 def test_presets_have_exactly_as_many_parameters_as_their_shape_says(name, base, shape, vocab, count):
