@@ -71,13 +71,14 @@ def test_nothing_heavy_is_imported_before_a_run_begins(trainer, world, tmp_path)
 )
 def test_data_are_read_while_the_tokenizer_is_loaded_or_the_model_built(trainer, slow, data, world, tmp_path, monkeypatch):
     """Neither returns before the other has begun."""
-    meeting, module = threading.Barrier(2, timeout=60), importlib.import_module(trainer)
+    meeting, module, met = threading.Barrier(2, timeout=60), importlib.import_module(trainer), []
 
     def meets(name):
         function = getattr(module, name)
 
         def call(*args, **kwargs):
             meeting.wait()
+            met.append(name)
             return function(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
@@ -85,6 +86,7 @@ def test_data_are_read_while_the_tokenizer_is_loaded_or_the_model_built(trainer,
     meets(slow)
     meets(data)
     module.prepare(parse(module.Args, flags(**world.options(trainer), output_dir=tmp_path / "run")))
+    assert sorted(met) == sorted([slow, data])
 
 
 def sources(folder: Path) -> Path:
