@@ -5,8 +5,9 @@
 One forward and backward pass and update of a pythia-14m on one core, over the same 8 examples of one of 64 stages, with
 GPT-NeoX's tokenizer. The peers give each example a row of its own, with an attention mask and whole logits: as long as the
 longest of the micro-batch, as the published script does (github.com/JimmyJamJr/nl-fine-tuning), and as long as seq_len,
-2,048, which keeps shapes the same from step to step, as compiled models like it. The weights of the targets are ours. Rounds
-alternate; the ratios of the medians are printed, and everything is appended to benchmarks/results.jsonl.
+2,048, which keeps shapes the same from step to step, as compiled models like it. The weights of the targets are ours: of all,
+or (--loss answer_only) of the answers alone, which alone then get logits here. Rounds alternate; the ratios of the medians are
+printed, and everything is appended to benchmarks/results.jsonl.
 """
 
 import json
@@ -21,12 +22,12 @@ from benchmarks.synthetic_generation import TOKENIZERS
 from lm.loss import packed_loss
 from lm.models import build_model
 from lm.optim import make_optimizer
-from lm.packing import Batch, attention_reach, pack
+from lm.packing import Batch, Loss, attention_reach, pack
 from lm.tokenizer import load_tokenizer
 from synthetic import SyntheticExamples, Task
 
 TASK, SEQ_LEN, MICRO_BATCH, ROUNDS = Task(max_input_size=384, max_lookahead=64), 2048, 8, 3
-STAGES = (1, 8, 32)
+CASES = ((1, "weighted"), (8, "weighted"), (32, "weighted"), (32, "answer_only"))  # stage and loss
 TO_SEQ_LEN = (1,)  # the slowest peer needs 10 GB and half a minute whatever the stage
 
 
@@ -56,12 +57,12 @@ def seconds(model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str,
     return time.perf_counter() - start
 
 
-def compare(stage: int, model, optimizer, tokenizer) -> dict:
+def compare(stage: int, loss: Loss, model, optimizer, tokenizer) -> dict:
     """Alternating rounds, after one that warms up."""
     made = SyntheticExamples(TASK, 0, stage, tokenizer=tokenizer).examples(0, MICRO_BATCH)
     batches = {
-        "packed": pack(made.ids, made.answer_tokens, "weighted", attention_reach(model)),
-        "padded": pack(made.ids, made.answer_tokens, "weighted", None),
+        "packed": pack(made.ids, made.answer_tokens, loss, attention_reach(model)),
+        "padded": pack(made.ids, made.answer_tokens, loss, None),
     }
     if stage in TO_SEQ_LEN:
         batches["padded to seq_len"] = widened(batches["padded"])
@@ -75,6 +76,7 @@ def compare(stage: int, model, optimizer, tokenizer) -> dict:
     return {
         "benchmark": "packed_step",
         "stage": stage,
+        "loss": loss,
         "tokens": int(batches["packed"]["lengths"].sum()),
         "rows": {name: list(batch["input_ids"].shape) for name, batch in batches.items()},
         "sec": {name: round(median, 3) for name, median in medians.items()},
@@ -89,13 +91,14 @@ def main() -> None:
     torch.manual_seed(0)
     model = build_model("pythia-14m", len(tokenizer), SEQ_LEN)
     optimizer = make_optimizer("adamw", model, 5e-4, (0.9, 0.999), 1e-6, 0.1)
-    print("stage  tokens  rows x targets, packed  packed (s)  padded (s)  ratio  padded to seq_len (s)  ratio")
-    for stage in STAGES:
-        row = compare(stage, model, optimizer, tokenizer)
+    print("stage         loss  tokens  rows x targets, packed  packed (s)  padded (s)  ratio  padded to seq_len (s)  ratio")
+    for stage, loss in CASES:
+        row = compare(stage, loss, model, optimizer, tokenizer)
         sec, ratio, shape = row["sec"], row["ratio"], row["rows"]["packed"]
         print(
-            f"{stage:>5}  {row['tokens']:>6}  {shape[0]:>10} x {shape[1]:>9}  {sec['packed']:>10}  {sec['padded']:>10}"
-            f"  {ratio['padded']:>5}  {sec.get('padded to seq_len', '-'):>21}  {ratio.get('padded to seq_len', '-'):>5}",
+            f"{stage:>5}  {loss:>11}  {row['tokens']:>6}  {shape[0]:>10} x {shape[1]:>9}  {sec['packed']:>10}"
+            f"  {sec['padded']:>10}  {ratio['padded']:>5}"
+            f"  {sec.get('padded to seq_len', '-'):>21}  {ratio.get('padded to seq_len', '-'):>5}",
             flush=True,
         )
         with open(Path(__file__).parent / "results.jsonl", "a") as file:

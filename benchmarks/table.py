@@ -39,7 +39,7 @@ def training_steps(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
 def packed_steps(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
     if row["stage"] in (targets := {1: 4.0, 8: 1.5, 32: 1.0}):
         for peer, ratio in row["ratio"].items():
-            yield f"curriculum step, stage {row['stage']}", peer, ratio, targets[row["stage"]], True
+            yield f"curriculum step, stage {row['stage']}, {row['loss']}", peer, ratio, targets[row["stage"]], True
 
 
 def packing(row: Row) -> Iterator[tuple[str, str, float, float, bool]]:
@@ -75,6 +75,7 @@ NAMES = (
     "trainer",
     "precision",
     "stage",
+    "loss",
     "rows",
     "micro_batch",
     "sequence_length",

@@ -5,7 +5,7 @@ size. Here the head works on some hundred tokens at a time and each chunk leaves
 nothing is computed twice; the same idea as Liger Kernel's fused linear cross-entropy (Hsu et al., arXiv 2410.10989). Losses are
 sums, so that one divisor serves all micro-batches and processes of a step.
 
-Shapes: N tokens (B x T of them in rows), D hidden, V vocabulary.
+Shapes: N tokens (B x T of them in rows), M of them trained, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,6 +41,7 @@ def token_losses(
     targets_BT: torch.Tensor,
     weights_BT: torch.Tensor | None = None,
     most_likely: bool = False,
+    trained_M: torch.Tensor | None = None,
     **inputs: torch.Tensor,
 ) -> TokenLosses:
     """The losses of these targets, given `inputs` (input_ids and what else the model takes).
@@ -52,28 +53,38 @@ def token_losses(
         model: a causal language model of transformers, wrapped or not.
         weights_BT: float32; None weighs every target 1.
         most_likely: whether `right` is wanted, which takes a further pass over the logits.
+        trained_M: int64, places in `targets_BT.flatten()`, each once: no others have logits, nats or are right; None: all have.
     """
     bare = getattr(model, "module", model)
-    targets_N, weights_N = targets_BT.flatten(), None if weights_BT is None else weights_BT.flatten()
+
+    def chosen(rows_NX: torch.Tensor) -> torch.Tensor:
+        return rows_NX if trained_M is None else rows_NX.index_select(0, trained_M)
+
+    def at_places(values_M: torch.Tensor) -> torch.Tensor:
+        if trained_M is not None:
+            values_M = values_M.new_zeros(targets_BT.numel()).index_copy_(0, trained_M, values_M)
+        return values_M.view(targets_BT.shape)
+
+    targets_M, weights_M = chosen(targets_BT.flatten()), None if weights_BT is None else chosen(weights_BT.flatten())
     if _is_linear_to_the_end(bare):
         head, found = bare.get_output_embeddings(), []
 
         def measure(hidden_BTD: torch.Tensor) -> torch.Tensor:
-            options = targets_N, weights_N, most_likely, torch.is_grad_enabled()
-            found.extend(_HeadLoss.apply(hidden_BTD.flatten(0, -2), head.weight, head.bias, *options))
+            options = targets_M, weights_M, most_likely, torch.is_grad_enabled()
+            found.extend(_HeadLoss.apply(chosen(hidden_BTD.flatten(0, -2)), head.weight, head.bias, *options))
             return found[0]
 
         with _in_place_of(head, measure):
             model(**inputs, use_cache=False)
-        total, nats_N, finite, right_N = found
+        total, nats_M, finite, right_M = found
     else:
-        logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        with_gradient = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
-        total = (with_gradient if weights_N is None else with_gradient * weights_N).sum()
-        nats_N, (low, high) = with_gradient.detach(), torch.aminmax(logits_NV.detach())
+        logits_MV = chosen(model(**inputs, use_cache=False).logits.flatten(0, 1))
+        with_gradient = F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
+        total = (with_gradient if weights_M is None else with_gradient * weights_M).sum()
+        nats_M, (low, high) = with_gradient.detach(), torch.aminmax(logits_MV.detach())
         finite = low.isfinite() & high.isfinite()
-        right_N = logits_NV.argmax(dim=1) == targets_N if most_likely else None
-    return TokenLosses(total, nats_N.view(targets_BT.shape), finite, right_N.view(targets_BT.shape) if most_likely else None)
+        right_M = logits_MV.argmax(dim=1) == targets_M if most_likely else None
+    return TokenLosses(total, at_places(nats_M), finite, at_places(right_M) if most_likely else None)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -219,7 +230,7 @@ def packed_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, tor
     `correct` (n,) says of each example whether the most likely token is right at each target of its answer, EOS included.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    found = token_losses(model, batch["targets"], batch["weights"], most_likely=True, **inputs)
+    found = token_losses(model, batch["targets"], batch["weights"], True, batch["trained"], **inputs)
     wrong = ~found.right & batch["answer"]
     errors = torch.zeros(len(batch["lengths"]) + 1, dtype=torch.int64, device=wrong.device)
     errors.index_add_(0, batch["example"].flatten(), wrong.flatten().long())
@@ -234,7 +245,7 @@ def mixed_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torc
     """
     has_synthetic = "answer" in batch
     weights = batch["weights"] if has_synthetic else None
-    found = token_losses(model, batch["targets"], weights, has_synthetic, input_ids=batch["input_ids"])
+    found = token_losses(model, batch["targets"], weights, has_synthetic, batch.get("trained"), input_ids=batch["input_ids"])
     if not has_synthetic:
         nats, none = found.nats.double().sum(), torch.zeros(4, dtype=torch.float64, device=found.nats.device)
         return found.total, found.finite, torch.cat([torch.stack([nats, torch.full_like(nats, found.nats.numel())]), none])

@@ -112,6 +112,7 @@ class MixedRows(Mixture):
             for name in ("input_ids", "targets", "weights", "answer"):
                 batch[name][synthetic] = 0
                 batch[name][synthetic, :width] = packed[name]
+            batch["trained"] = batch["weights"].flatten().nonzero().flatten()
         return batch
 
     def sources(self, samples: range, pass_blocks: int | None = None) -> list[tuple]:
@@ -179,7 +180,8 @@ def text_rows(blocks: np.ndarray) -> Batch:
 
     Returns:
         input_ids, targets: int64 (n, T). synthetic: bool (n,). Only where a row is synthetic also weights: float32 (n, T), 0
-        where nothing is trained; answer: bool (n, T), at targets of a synthetic example's answer.
+        where nothing is trained; answer: bool (n, T), at targets of a synthetic example's answer; trained: int64, the places of
+        `weights` that are not 0, all rows in one.
     """
     ids = torch.from_numpy(blocks.astype(np.int64))
     targets = ids[:, 1:].contiguous()

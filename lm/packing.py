@@ -27,10 +27,10 @@ def pack(examples: Sequence[np.ndarray], answer_tokens: Sequence[int], loss: Los
         reach: tokens of context at which attention costs as much as all else (`attention_reach`); None puts every example in a
             row of its own.
 
-    Returns, all of shape (R, W) but for `lengths`:
+    Returns, all of shape (R, W) but for the last two:
         input_ids, targets: int64. position_ids: int64, from 0 in each example. weights: float32, 0 where nothing is trained.
         answer: bool, at targets of an answer. example: int64, index of the example; n where there is none.
-        lengths: int64 (n,), targets of each example.
+        lengths: int64 (n,), targets of each example. trained: int64, the places of `weights` that are not 0, all rows in one.
     """
     lengths = [len(ids) - 1 for ids in examples]
     rows = [[number] for number in range(len(examples))] if reach is None else choose_rows(lengths, reach)
@@ -53,7 +53,7 @@ def pack(examples: Sequence[np.ndarray], answer_tokens: Sequence[int], loss: Los
         padding = lengths[row[-1]] + np.arange(shape[1] - start)
         positions[r, start:] = np.minimum(padding, max(lengths) - 1)
     arrays = {"input_ids": inputs, "targets": targets, "position_ids": positions, "weights": weights}
-    arrays |= {"answer": answer, "example": example, "lengths": np.array(lengths)}
+    arrays |= {"answer": answer, "example": example, "lengths": np.array(lengths), "trained": np.flatnonzero(weights)}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -88,13 +88,15 @@ def reply_loss(
     model.eval()
     for number in range(process, -(-len(groups) // processes) * processes, processes):
         group = groups[min(number, len(groups) - 1)]  # a sharded model needs every process in each pass
-        batch = send_to_device(collator([row_of(examples[n]) for n in group]), accelerator.device)
+        batch = collator([row_of(examples[n]) for n in group])
         labels = batch.pop("labels")[:, 1:]
-        inputs, trained = {name: rows[:, :-1] for name, rows in batch.items()}, labels != IGNORED
+        trained = (labels != IGNORED).flatten().nonzero().flatten()
+        inputs = {name: rows[:, :-1] for name, rows in batch.items()}
+        labels, trained, inputs = send_to_device((labels, trained, inputs), accelerator.device)
         with autocast(accelerator.device, precision):
-            nats = token_losses(model, labels.clamp(min=0), **inputs).nats
+            nats = token_losses(model, labels, trained_M=trained, **inputs).nats
         if number < len(groups):
-            sums += torch.stack([torch.where(trained, nats, 0.0).double().sum(), trained.sum().double()])
+            sums += torch.stack([nats.double().sum(), torch.full_like(sums[1], len(trained))])
     model.train(was_training)
     total, count = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(total):

@@ -172,6 +172,30 @@ def test_the_logits_are_never_whole(monkeypatch):
     assert sizes.largest == 30 * T * V
 
 
+@pytest.mark.parametrize("kind", ["in chunks", "plainly"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_targets_that_are_not_trained_get_no_logits_and_the_others_lose_nothing(kind, weighted, monkeypatch):
+    monkeypatch.setattr(lm.loss, "_is_linear_to_the_end", lambda model: kind == "in chunks")
+    model, (inputs, targets, weights) = Head(), some(rows=30)
+    trained = torch.arange(targets.numel())[5::31]
+    kept = torch.zeros(targets.numel()).index_fill_(0, trained, 1.0).view(targets.shape)
+    weights = weights if weighted else torch.ones(targets.shape)
+    total, nats, right, expected = plainly(model, inputs, targets, weights * kept)
+    model.zero_grad()
+    with Sizes() as sizes:
+        own = token_losses(model, targets, weights if weighted else None, True, trained, input_ids=inputs)
+        own.total.backward()
+    torch.testing.assert_close(own.total, total)
+    torch.testing.assert_close(own.nats, nats.detach() * kept)
+    assert torch.equal(own.right, right & (kept > 0))
+    assert relative(gradients(model), expected) < 1e-6
+    assert sizes.largest == (max(len(trained) * V, targets.numel() * HIDDEN) if kind == "in chunks" else targets.numel() * V)
+    assert own.finite
+    with torch.no_grad():
+        model.table.weight[inputs.flatten()[trained[0]]] = math.nan
+    assert not token_losses(model, targets, None, True, trained, input_ids=inputs).finite
+
+
 def test_without_gradients_the_losses_are_the_same_and_nothing_is_kept():
     model, (inputs, targets, weights) = Head(), some()
     with torch.no_grad():

@@ -74,8 +74,9 @@ def test_what_was_drawn_before_a_sample_is_counted_alike_by_an_old_and_a_new_obj
 def test_rows_are_the_same_however_they_are_asked_for(mixed):
     whole = mixed.rows(range(30))
     parts = [mixed.rows(range(start, start + 5)) for start in range(0, 30, 5)]
-    assert {len(part) for part in parts} == {3, 5}, "some without a synthetic row"
+    assert {len(part) for part in parts} == {3, 6}, "some without a synthetic row"
     text = {"weights": torch.ones(5, T), "answer": torch.zeros(5, T, dtype=torch.bool)}
+    assert torch.equal(whole.pop("trained"), whole["weights"].flatten().nonzero().flatten())
     for name, rows in whole.items():
         assert torch.equal(torch.cat([(text | part)[name] for part in parts]), rows), name
 

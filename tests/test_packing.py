@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import lm.loss
 from lm.loss import packed_loss
 from lm.models import build_model
 from lm.packing import attention_reach, choose_rows, pack, sees_only_itself
@@ -67,6 +68,14 @@ def test_packed_loss_and_gradients_equal_those_of_each_example_alone(model, exam
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-6, rtol=1e-4)
 
 
+def test_only_targets_that_are_trained_get_logits(model, examples, monkeypatch):
+    sizes, chunks = [], lm.loss._chunks
+    monkeypatch.setattr(lm.loss, "_chunks", lambda hidden, *rest: sizes.append(len(hidden)) or chunks(hidden, *rest))
+    packed_loss(model, pack(examples, ANSWERS, "answer_only", 100.0))
+    packed_loss(model, pack(examples, ANSWERS, "weighted", None))
+    assert sizes == [sum(ANSWERS), sum(len(ids) - 1 for ids in examples)]
+
+
 def test_an_answer_counts_as_right_only_if_all_its_tokens_are(model, examples):
     """Examples that the model itself answered are right; with any one token of the answer changed they are wrong."""
     answered = []
@@ -107,6 +116,7 @@ def test_every_target_is_trained_once(examples):
         assert batch["weights"][own].sum() == pytest.approx(2 * (len(ids) - 1)), "half of it the answer's"
     padding = batch["example"] == len(examples)
     assert batch["weights"][padding].eq(0).all()
+    assert torch.equal(batch["trained"], batch["weights"].flatten().nonzero().flatten())
     assert not batch["answer"][padding].any()
     assert batch["position_ids"].max() < max(map(len, examples)) - 1, "no position that no example has"
     assert batch["lengths"].tolist() == [len(ids) - 1 for ids in examples]
