@@ -127,12 +127,11 @@ def of_train(args: OfTrain) -> Trial:
     """Windows of papers."""
     ready = train.prepare(replace(args, upload_results_to_s3=False))
     plan, accelerator = ready.plan, ready.accelerator
-    loader = train.make_loader(ready.args, plan, accelerator)
     weight = plan.tokens_per_step / accelerator.num_processes
 
     def steps() -> Iterator[tuple[list[Any], float]]:
         for step in itertools.count():
-            yield send_to_device(loader.step(step), accelerator.device), weight
+            yield send_to_device(ready.loader.step(step), accelerator.device), weight
 
     data = f"{', '.join(plan.train.categories)} of {args.data_dir}"
     return Trial(accelerator, ready.model, next_token_loss, steps(), data, plan.effective_batch)
@@ -142,11 +141,10 @@ def of_pptrain(args: OfPptrain) -> Trial:
     """Examples of the first stage."""
     ready = pptrain.prepare(replace(args, max_steps=args.num_steps))
     plan, accelerator = ready.plan, ready.accelerator
-    loader = pptrain.make_loader(ready.args, plan, accelerator)
 
     def steps() -> Iterator[tuple[list[Any], float]]:
         for step in itertools.count():
-            micro_batches = loader.step(step, args.start_stage)
+            micro_batches = ready.loader.step(step, args.start_stage, plan.reach)
             weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
             yield send_to_device(micro_batches, accelerator.device), weight
 

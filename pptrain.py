@@ -189,21 +189,17 @@ def at_stage(examples: SyntheticExamples, stage: int) -> SyntheticExamples:
     return examples
 
 
-def make_micro_batch(args: Args, plan: Plan, rows: range, stage: int) -> Batch | tuple[Batch, Columns]:
+def make_micro_batch(
+    args: Args, examples: SyntheticExamples, rows: range, stage: int, reach: float | None
+) -> Batch | tuple[Batch, Columns]:
     """These examples of a stage, packed; with --ledger, and what it says of their rows."""
-    examples = at_stage(plan.examples, stage)
+    examples = at_stage(examples, stage)
     made = examples.examples(rows.start, len(rows))
-    batch = pack(made.ids, made.answer_tokens, args.loss, plan.reach)
+    batch = pack(made.ids, made.answer_tokens, args.loss, reach)
     batch |= {"num_too_long": torch.tensor(made.num_too_long)}
     if not args.ledger:
         return batch
     return batch, {"example": np.array(rows), "stage": np.full(len(rows), examples.stage)}
-
-
-def make_loader(args: Args, plan: Plan, accelerator: Accelerator) -> Loader:
-    """Of micro-batches of whatever stage is asked for."""
-    make = functools.partial(make_micro_batch, args, plan)
-    return Loader(make, args.micro_batch, plan.grad_accum, args.num_workers, accelerator, 0, args.start_stage)
 
 
 def train(args: Args, plan: Plan, session: Session, loader: Loader) -> int:
@@ -217,7 +213,7 @@ def train(args: Args, plan: Plan, session: Session, loader: Loader) -> int:
         lr = args.lr * plan.schedule.factor(step)
         before = time.perf_counter()
         with part("data"):
-            micro_batches = loader.step(data_step, session.progress.stage)
+            micro_batches = loader.step(data_step, session.progress.stage, plan.reach)
         waited += time.perf_counter() - before
         micro_batches = ledger.note(micro_batches)
         weight = sum(batch["weights"].sum(dtype=torch.float64).item() for batch in micro_batches)
@@ -341,6 +337,7 @@ class Prepared:
     splits: Splits
     tokenizer: PreTrainedTokenizerFast
     plan: Plan
+    loader: Loader
     model: PreTrainedModel
     share_too_long: float  # of the last stage's examples
     longest: int  # tokens in one of them
@@ -353,7 +350,7 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
 
 
 def prepare(args: Args) -> Prepared:
-    """Read the data while the model is built. Raises: ValueError or FileNotFoundError for whatever does not fit."""
+    """Encode held-out examples while the model is built. Raises: ValueError or FileNotFoundError for whatever does not fit."""
     args = replace(args, output_dir=args.output_dir or str(Path(args.scratch_dir) / "pptrain"))
     check(args.faults())
     args = fall_back(args)
@@ -364,7 +361,6 @@ def prepare(args: Args) -> Prepared:
     args = with_micro_batch(args, args.effective_batch, *of_model, accelerator, packed=True)
     grad_accum = 2 if args.grad_accum is None and args.effective_batch is None else args.grad_accum
     grad_accum, effective = plan_batch(args.micro_batch, grad_accum, args.effective_batch, accelerator.num_processes)
-    building = beside(lambda: make_model(args, tokenizer))
     splits = read_splits(args.data_dir, args.max_input_size, args.max_lookahead, args.generator)
     task = splits.task
     encoder = Encoder(tokenizer)
@@ -372,6 +368,9 @@ def prepare(args: Args) -> Prepared:
         task, args.seed, reserved=splits.reserved, generator=args.generator, tokenizer=encoder, seq_len=args.seq_len
     )
     share, longest = share_too_long(task, task.max_lookahead, encoder, args.seq_len, generator=args.generator)
+    make = functools.partial(make_micro_batch, args, examples)
+    loader = Loader(make, args.micro_batch, grad_accum, args.num_workers, accelerator)
+    building = beside(lambda: make_model(args, tokenizer))
     held_out = encode_subset(splits.rows("eval"), args.eval_subset_size, args.seed, tokenizer, args.seq_len)
     check_fit(args, task, share, longest, held_out)
     model = building.result()
@@ -379,7 +378,7 @@ def prepare(args: Args) -> Prepared:
     schedule = args.lr_schedule(args.max_steps, tokens_per_step=1)
     plan = Plan(task, examples, held_out, grad_accum, effective, reach, schedule)
     compile_blocks(args, model)
-    return Prepared(args, accelerator, splits, tokenizer, plan, model, share, longest)
+    return Prepared(args, accelerator, splits, tokenizer, plan, loader, model, share, longest)
 
 
 def main(args: Args) -> int:
@@ -404,15 +403,15 @@ def main(args: Args) -> int:
         "vocab_size": len(tokenizer),
         "num_parameters": num_parameters(model),
     }
-    loader = make_loader(args, plan, ready.accelerator)  # now, while nothing is written in the background
     with open_run(args, derived, ready.accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         say_what_to_know(run, args, plan, ready.share_too_long)
-        sample = make_micro_batch(replace(args, ledger=False), plan, range(args.micro_batch), args.start_stage)
+        begins = plan.examples, range(args.micro_batch), args.start_stage, plan.reach
+        sample = make_micro_batch(replace(args, ledger=False), *begins)
         start, same_run = Progress(stage=args.start_stage), identity(args, plan, splits, tokenizer, model)
         session = Session(args, run, model, optimizer_of(args, model), packed_loss, sample, start, same_run)
         session.resume()
-        code = train(args, plan, session, loader)
+        code = train(args, plan, session, ready.loader)
         if code == 0:
             session.finish(tokenizer, about(session.progress))
             run.log.say(f"{session.progress.too_long} examples were left out because they are longer than --seq_len")

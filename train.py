@@ -206,7 +206,7 @@ def noted_windows(windows: RandomWindowDataset, examples: range) -> tuple[torch.
 def make_loader(args: Args, plan: Plan, accelerator: Accelerator) -> Loader:
     """Of windows, or of windows and what the ledger says of them."""
     make = functools.partial(noted_windows, plan.train) if args.ledger else plan.train.__getitems__
-    return Loader(make, args.micro_batch, plan.grad_accum, args.num_workers, accelerator, 0)
+    return Loader(make, args.micro_batch, plan.grad_accum, args.num_workers, accelerator)
 
 
 def train(args: Args, plan: Plan, session: Session, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -294,6 +294,7 @@ class Prepared:
     papers: Papers
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    loader: Loader
     model: PreTrainedModel
 
 
@@ -312,11 +313,12 @@ def prepare(args: Args) -> Prepared:
     tokenizer = loading.result()
     if fingerprint(tokenizer) != papers.meta["tokenizer"]["fingerprint"]:
         raise ValueError(f"{papers.folder}/tokenizer did not make {papers.folder}/tokens.bin: run fetch_arxiv.py again")
+    loader = make_loader(args, plan, accelerator)
     torch.manual_seed(args.seed)
     vocab_size = papers.meta["vocab_size"]
     model = build_model(args.model, vocab_size, args.sequence_length, special_ids(tokenizer), args.dropout)
     compile_blocks(args, model)
-    return Prepared(args, accelerator, papers, tokenizer, plan, model)
+    return Prepared(args, accelerator, papers, tokenizer, plan, loader, model)
 
 
 def main(args: Args) -> int:
@@ -337,13 +339,12 @@ def main(args: Args) -> int:
         "vocab_size": papers.meta["vocab_size"],
         "num_parameters": num_parameters(model),
     }
-    loader = make_loader(args, plan, accelerator)  # now, while nothing is written in the background
     with open_run(args, derived, accelerator) as run:
         run.log.say("  ".join(f"{key} {value}" for key, value in derived.items()))
         sample, same_run = torch.from_numpy(plan.validation[:1]), identity(args, plan, papers, model)
         session = Session(args, run, model, optimizer_of(args, model), next_token_loss, sample, Progress(), same_run)
         session.resume()
-        code = train(args, plan, session, loader, tokenizer)
+        code = train(args, plan, session, ready.loader, tokenizer)
         if code == 0:
             session.finish(tokenizer, about(plan, session.progress))
         run.close()

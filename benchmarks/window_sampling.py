@@ -51,7 +51,7 @@ def store(folder: Path) -> Papers:
 def ours(papers: Papers, micro_batch: int, sequence_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The training path of train.py."""
     dataset = RandomWindowDataset(papers, "train", sequence_length)
-    loader = Loader(dataset.__getitems__, micro_batch, 1, 0, start_accelerator("fp32", force_cpu=True), 0)
+    loader = Loader(dataset.__getitems__, micro_batch, 1, 0, start_accelerator("fp32", force_cpu=True))
     for step in itertools.count():
         ids = loader.step(step)[0].long()
         yield ids[:, :-1], ids[:, 1:]

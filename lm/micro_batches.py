@@ -26,21 +26,20 @@ def rows_of_step(data_step: int, micro_batch: int, grad_accum: int, accelerator:
 
 
 class Loader:
-    """The micro-batches of one step after another, made ahead by processes that are started once.
+    """The micro-batches of one step after another, made ahead, once the first is asked for, by processes that are started now.
 
-    To be made before checkpoints are written in the background: a fork copies locks of other threads as it finds them.
+    To be made before the model is: a fork keeps the memory that it finds, and each first write to it makes the trainer copy a
+    page; and while no other thread works, whose locks it would copy as it finds them.
 
     Args:
         make: (examples of a micro-batch, *what else it depends on) -> micro-batch.
         micro_batch, grad_accum: as in `rows_of_step`.
         num_workers: processes that work ahead; 0 makes each micro-batch when it is asked for.
-        first: the data step and what else, as in `step`, that is made ahead from the beginning.
     """
 
-    def __init__(self, make: Make, micro_batch: int, grad_accum: int, num_workers: int, accelerator: Accelerator, *first: Any):
-        self._grad_accum, self._next = grad_accum, first
+    def __init__(self, make: Make, micro_batch: int, grad_accum: int, num_workers: int, accelerator: Accelerator):
+        self._grad_accum, self._next = grad_accum, None
         self._orders = _Orders(micro_batch, grad_accum, accelerator)
-        self._orders.begin(*first)
         pin = accelerator.device.type == "cuda"
         if num_workers == 0:  # a DataLoader in its own process takes .1 ms, a micro-batch of windows .02
             self._made = map(_Maker(_pinned(make) if pin else make).__getitems__, self._orders)
@@ -71,6 +70,7 @@ class _Orders:
 
     def __init__(self, *layout: Any):
         self.layout, self.turn = layout, 0
+        self.orders = itertools.repeat((0, None, ()))  # nothing, of which a DataLoader asks for some while it starts
 
     def begin(self, data_step: int, *what: Any) -> None:
         self.turn += 1
@@ -88,7 +88,7 @@ class _Maker(Dataset):
 
     def __getitems__(self, order: tuple[int, range, tuple]) -> tuple[int, Any]:
         turn, rows, what = order
-        return turn, self.make(rows, *what)
+        return turn, self.make(rows, *what) if turn else None
 
 
 def _pinned(make: Make) -> Make:

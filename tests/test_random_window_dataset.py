@@ -184,7 +184,7 @@ def test_every_split_of_a_batch_makes_the_same_steps(processes, micro_batch, pap
     rows: dict[int, list[int]] = {step: [] for step in (5, 6)}
     for process in range(processes):
         accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=process, num_processes=processes)
-        loader = Loader(dataset.__getitems__, micro_batch, grad_accum, 0, accelerator, 5)
+        loader = Loader(dataset.__getitems__, micro_batch, grad_accum, 0, accelerator)
         for step in rows:
             parts = rows_of_step(step, micro_batch, grad_accum, accelerator)
             rows[step] += [row for part in parts for row in part]

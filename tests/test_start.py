@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_nothing_heavy_is_imported_before_a_run_begins(trainer, world, tmp_path)
     ("trainer", "slow", "data"),
     [
         ("train", "load_tokenizer", "read_papers"),
-        ("pptrain", "build_model", "read_splits"),
+        ("pptrain", "build_model", "encode_subset"),
         ("pretrain", "build_model", "encode_subset"),
     ],
 )
@@ -87,6 +88,19 @@ def test_data_are_read_while_the_tokenizer_is_loaded_or_the_model_built(trainer,
     meets(data)
     module.prepare(parse(module.Args, flags(**world.options(trainer), output_dir=tmp_path / "run")))
     assert sorted(met) == sorted([slow, data])
+
+
+@pytest.mark.parametrize("trainer", ["train", "pptrain"])
+def test_loader_processes_are_forked_before_there_is_a_model_that_they_would_hold(trainer, world, tmp_path, monkeypatch):
+    """A copy of its first weights in each process, and of each page when the trainer first writes to it."""
+    module, loaders = importlib.import_module(trainer), []
+    build = module.build_model
+    monkeypatch.setattr(module, "build_model", lambda *given: loaders.extend(active_children()) or build(*given))
+    before, options = set(active_children()), flags(**world.options(trainer), output_dir=tmp_path / "run", num_workers=2)
+    ready = module.prepare(parse(module.Args, options))
+    assert len(set(loaders) - before) == 2
+    assert set(active_children()) - before == set(loaders) - before
+    del ready
 
 
 def sources(folder: Path) -> Path:

@@ -348,7 +348,7 @@ def test_workers_load_the_same_examples(in_process, uninterrupted, tmp_path):
 
 def test_loader_processes_never_see_a_stop_signal_and_the_trainer_does():
     accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
-    loader = Loader(lambda rows: signal.pthread_sigmask(signal.SIG_BLOCK, []), 1, 1, 1, accelerator, 0)
+    loader = Loader(lambda rows: signal.pthread_sigmask(signal.SIG_BLOCK, []), 1, 1, 1, accelerator)
     assert loader.step(0) == [set(STOP_SIGNALS)]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
