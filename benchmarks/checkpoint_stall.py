@@ -100,6 +100,7 @@ def measure(args: Args, folder: Path) -> dict:
         session.checkpoints.wait()
         for number in range(args.rounds + 1):
             for kind in KINDS:
+                os.sync()  # what torch.save has left to be written must not be written beside another's steps
                 took, written = interval_seconds(session, ids, args.interval, kind)
                 if not written:
                     raise RuntimeError(f"the write was not done after {args.interval} steps: raise --interval")
