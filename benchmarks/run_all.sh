@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benchmarks, then one table of them: bash benchmarks/run_all.sh      (more than an hour on two CPU cores, which nothing else should use)
+# All benchmarks, then one table of them: bash benchmarks/run_all.sh      (an hour on two CPU cores, which nothing else should use)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 begun=$(date +%s)
