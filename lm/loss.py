@@ -249,10 +249,9 @@ def mixed_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torc
     if not has_synthetic:
         nats, none = found.nats.double().sum(), torch.zeros(4, dtype=torch.float64, device=found.nats.device)
         return found.total, found.finite, torch.cat([torch.stack([nats, torch.full_like(nats, found.nats.numel())]), none])
-    trained, synthetic = batch["weights"] > 0, batch["synthetic"]
-    nats = torch.where(trained, found.nats, 0.0).double().sum(dim=1)
+    synthetic, nats = batch["synthetic"], found.nats.double().sum(dim=1)
     wrong = (~found.right & batch["answer"]).any(dim=1)
-    targets = trained.sum(dim=1)
+    targets = (batch["weights"] > 0).sum(dim=1)
     measured = [nats * ~synthetic, targets * ~synthetic, nats * synthetic, targets * synthetic, ~wrong & synthetic, synthetic]
     return found.total, found.finite, torch.stack([values.double().sum() for values in measured])
 
