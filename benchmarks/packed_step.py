@@ -6,8 +6,8 @@ One forward and backward pass and update of a pythia-14m on one core, over the s
 GPT-NeoX's tokenizer. The peers give each example a row of its own, with an attention mask and whole logits: as long as the
 longest of the micro-batch, as the published script does (github.com/JimmyJamJr/nl-fine-tuning), and as long as seq_len,
 2,048, which keeps shapes the same from step to step, as compiled models like it. The weights of the targets are ours: of all,
-or (--loss answer_only) of the answers alone, which alone then get logits here. Rounds alternate; the ratios of the medians are
-printed, and everything is appended to benchmarks/results.jsonl.
+or, as with --loss answer_only, of the answers alone, which then alone get logits. Rounds alternate; the ratios of the medians
+are printed, and everything is appended to benchmarks/results.jsonl.
 """
 
 import json

@@ -93,28 +93,36 @@ def newest(path: Path, since: float) -> list[Row]:
     return list(rows.values())
 
 
-def road(rows: list[Row]) -> Iterator[tuple[str, str]]:
-    """What each part of the road makes, in words."""
-    for row in rows:
-        if row["benchmark"] == "packing":
-            yield "text to shards", f"{row['tokens_per_sec']['build_pretrain']:,} tokens/s, {row['processes']} processes"
-        elif row["benchmark"] == "synthetic_generation":
-            case = f"graph search, stage {row['stage']} of {row['max_lookahead']}, as ids"
-            yield case, f"{row['examples_per_sec']['ids']:,} examples/s, one process"
-        elif row["benchmark"] == "road":
-            waited = row["ms"]["data"] + row["ms"]["to_device"]
-            share = f"{waited / row['step_ms']:.2%} of a step of {row['step_ms']} ms"
-            yield f"rows of {row['trainer']}.py, {row['model']}", f"{waited:.2f} ms, {share}"
-        elif row["benchmark"] == "checkpoint_stall":
-            yield (
-                f"checkpoint, {row['model']}",
-                f"{row['stall_steps']['background']} steps of {row['step_sec']} s, {row['device']}",
-            )
+def road(row: Row) -> Iterator[tuple[str, str]]:
+    """What this part of the road makes, in words."""
+    if row["benchmark"] == "packing":
+        yield "text to shards", f"{row['tokens_per_sec']['build_pretrain']:,} tokens/s, {row['processes']} processes"
+    elif row["benchmark"] == "synthetic_generation":
+        case = f"graph search, stage {row['stage']} of {row['max_lookahead']}, as ids"
+        yield case, f"{row['examples_per_sec']['ids']:,} examples/s, one process"
+    elif row["benchmark"] == "road":
+        waited = row["ms"]["data"] + row["ms"]["to_device"]
+        share = f"{waited / row['step_ms']:.2%} of a step of {row['step_ms']} ms"
+        yield f"rows of {row['trainer']}.py, {row['model']}", f"{waited:.2f} ms, {share}"
+    elif row["benchmark"] == "checkpoint_stall":
+        stall = f"{row['stall_steps']['background']} steps of {row['step_sec']} s"
+        yield f"checkpoint, {row['model']}", f"{stall}, {row['device']}"
+
+
+def of_this_version(row: Row) -> bool:
+    """Whether the row has what is asked of it here; says so if an earlier version of its benchmark wrote another."""
+    name = row["benchmark"]
+    try:
+        _ = [*road(row), *QUESTIONS.get(name, lambda _: ())(row)]
+    except KeyError as missing:
+        print(f"a row of {name} has no {missing}, an earlier version wrote it: run python -m benchmarks.{name} again")
+        return False
+    return True
 
 
 def main(args: Args) -> None:
     """Print both tables."""
-    rows = newest(args.results, args.since)
+    rows = [row for row in newest(args.results, args.since) if of_this_version(row)]
     cells = [["question", "peer", "ratio", "target", "reached"]]
     for row in rows:
         for question, peer, found, target, more in QUESTIONS.get(row["benchmark"], lambda _: ())(row):
@@ -123,7 +131,7 @@ def main(args: Args) -> None:
             cells.append([question, peer, str(found), f"{'>=' if more else '<='} {target:g}", share])
     print(aligned(cells))
     print()
-    print(aligned([["the road", "makes"], *map(list, road(rows))]))
+    print(aligned([["the road", "makes"], *(list(part) for row in rows for part in road(row))]))
 
 
 if __name__ == "__main__":
