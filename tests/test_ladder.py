@@ -13,12 +13,11 @@ import pytest
 import torch
 from packs import SEQ_LEN, publish, write_pack
 from text import byte_level_bpe, documents
-from training import ROOT, kill
+from training import ROOT, events, kill, wait_for_step
 
 import ladder
 import pretrain
 from lm.args import parse
-from lm.checkpoint import Checkpoints
 from lm.decisions import decision_table
 from lm.files import read_json, read_jsonl
 from lm.ladder_plan import Cell, count, find_recipes, make_plan, rows_of_plan, too_short
@@ -217,42 +216,37 @@ def test_each_run_has_gpus_of_its_own_or_shares_one_if_its_memory_allows_it(reci
 
 @pytest.mark.slow
 def test_a_stopped_ladder_goes_on_and_does_nothing_twice(recipes, text, tmp_path):
-    own = arguments("run", recipes, tmp_path / "ladder", texts=f"held={text}", workers=2, seeds=1, processes_per_run=2)
+    folder, steps = tmp_path / "ladder", 150  # enough that no run ends between the look at its log and the signal
+    options = {"tokens": 192 * 8 * steps, "seeds": 1, "workers": 2, "processes_per_run": 2, "texts": f"held={text}"}
+    command, *own = arguments("run", recipes, folder, **options)
+    own = [command, "--allow_epochs", *own]
+    cells = [cell for cell in cells_of(recipes, folder, tokens=options["tokens"]) if cell.seed == 0]
     process = start(own, tmp_path / "out")
     try:
-        wait_for_a_checkpoint(tmp_path / "ladder", process, tmp_path / "out")
+        for cell in cells:
+            wait_for_step(cell.folder, 20, process, tmp_path / "out", seconds=120)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 75, (tmp_path / "out").read_text()
     finally:
         kill(process)
-    assert not list((tmp_path / "ladder").rglob("cell.json"))
+    assert not list(folder.rglob("cell.json"))
     process = start(own, tmp_path / "out")
     try:
         assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()
     finally:
         kill(process)
-    cells = [cell for cell in cells_of(recipes, tmp_path / "ladder") if cell.seed == 0]
     for cell in cells:
-        assert read_json(cell.folder / "final/about.json", "")["step"] == 12
-        assert [row["step"] for row in read_jsonl(cell.folder / "logs/train.jsonl", "")][-1] == 12
+        assert read_json(cell.folder / "final/about.json", "")["step"] == steps
+        assert [row["step"] for row in read_jsonl(cell.folder / "logs/train.jsonl", "")] == [*range(10, steps + 1, 10)]
         assert 0 < read_json(cell.folder / "evaluation/final_text_held.json", "")["loss"] < 7
         assert (cell.folder / "cell.json").is_file()
-    events = [json.loads(line)["event"] for line in (cells[0].folder / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "stopped", "resumed", "finished"]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ladder").rglob("*") if path.is_file()}
+        assert [event["event"] for event in events(cell.folder)] == ["started", "stopped", "resumed", "finished"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert ladder.main(own) == 0
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "ladder").rglob("*") if path.is_file()}
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert [path.name for path in after if after[path] != before.get(path)] == ["plan.json"]
-    plan = read_json(tmp_path / "ladder/plan.json", "")
+    plan = read_json(folder / "plan.json", "")
     assert [row["name"] for row in plan] == [cell.name for cell in cells]
-
-
-def wait_for_a_checkpoint(folder, process, out):
-    deadline = time.monotonic() + 120
-    while not any(Checkpoints(path, 1).paths()[1:] for path in folder.glob("*/*/*/checkpoints")):
-        assert process.poll() is None, out.read_text()
-        assert time.monotonic() < deadline, out.read_text()
-        time.sleep(0.01)
 
 
 def cell(name, folder):
