@@ -369,7 +369,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_been(wor
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint_and_code_75(count, world, undisturbed):
     name = f"stopped_{count}"
     started = start(world, name, count)
-    wait_for_step(world, name, 5, started)
+    wait_for_step(world, name, 2, started)
     started.send(signal.SIGTERM, process=count - 1)
     assert started.wait() == [75] * count, started.said()
     events = read_jsonl(world / name / "events.jsonl", "")
