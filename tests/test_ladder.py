@@ -218,8 +218,8 @@ def test_each_run_has_gpus_of_its_own_or_shares_one_if_its_memory_allows_it(reci
 def test_a_stopped_ladder_goes_on_and_does_nothing_twice(recipes, text, tmp_path):
     folder, steps = tmp_path / "ladder", 150  # enough that no run ends between the look at its log and the signal
     options = {"tokens": 192 * 8 * steps, "seeds": 1, "workers": 2, "processes_per_run": 2, "texts": f"held={text}"}
-    command, *own = arguments("run", recipes, folder, **options)
-    own = [command, "--allow_epochs", *own]
+    own = arguments("run", recipes, folder, **options)
+    own.insert(1, "--allow_epochs")
     cells = [cell for cell in cells_of(recipes, folder, tokens=options["tokens"]) if cell.seed == 0]
     process = start(own, tmp_path / "out")
     try:
